@@ -1,0 +1,124 @@
+"""Every error that qwen-ray raises on purpose, as one tree.
+
+    QwenRayError
+    ├── RequestError            somebody's request; `status` is its HTTP status
+    │   ├── InvalidRequest      400  a field is wrong: `param` names it
+    │   │   └── ContextLengthExceeded   prompt (+ max_tokens) does not fit the model
+    │   ├── RequestTooLarge     413  the body, or a list in it, is over its limit
+    │   ├── UnknownModel        404  no such model is served here
+    │   ├── Overloaded          429  queues are full; `retry_after` says when to come back
+    │   ├── NotReady            503  no replica can take requests yet
+    │   └── RequestFailed       500  the engine or a rank failed while running it
+    ├── SettingsError           exit 2  a settings key is wrong: `field` names it
+    ├── SourceError             exit 3  a model's files could not be found or fetched
+    ├── CheckpointError         exit 4  a model's files are there but wrong
+    ├── PlanRefused             exit 5  it cannot fit: `inequality` shows the numbers
+    └── RankFailed              a rank died or stopped making progress; the group repairs it
+
+HTTP bodies are made from these in `serving/errors.py`, exit codes in `cli.py`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QwenRayError(Exception):
+    """Root of the tree; `exit_code` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RequestError(QwenRayError):
+    """A request that cannot be answered.
+
+    `param` is the request field at fault (None when no single one is), `code` a stable machine-readable word.
+    """
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(RequestError):
+    status = 400
+    kind = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    def __init__(self, message: str, *, param: str = "messages") -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class RequestTooLarge(RequestError):
+    status = 413
+    kind = "invalid_request_error"
+
+
+class UnknownModel(RequestError):
+    status = 404
+    kind = "invalid_request_error"
+
+    def __init__(self, name: str, served: list[str]) -> None:
+        super().__init__(
+            f"The model `{name}` does not exist here; served: {', '.join(served) or 'none'}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+class Overloaded(RequestError):
+    status = 429
+    kind = "overloaded_error"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message, code="overloaded")
+        self.retry_after = retry_after
+
+
+class NotReady(RequestError):
+    status = 503
+    kind = "unavailable_error"
+
+
+class RequestFailed(RequestError):
+    status = 500
+    kind = "internal_error"
+
+
+class SettingsError(QwenRayError):
+    exit_code = 2
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class SourceError(QwenRayError):
+    exit_code = 3
+
+
+class CheckpointError(QwenRayError):
+    exit_code = 4
+
+
+class PlanRefused(QwenRayError):
+    """A plan that cannot hold; `inequality` is the comparison that failed, with its numbers."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, inequality: str | None = None) -> None:
+        super().__init__(message)
+        self.inequality = inequality
+
+
+class RankFailed(QwenRayError):
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} failed: {reason}")
+        self.rank = rank
+        self.reason = reason

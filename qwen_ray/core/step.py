@@ -1,0 +1,83 @@
+"""The wire format between an engine and its ranks: ints only, differences only.
+
+Ranks keep, for every sequence they know, its token ids, its block table and its sampling parameters. A `StepBatch`
+carries what changed. Every rank of a group gets the same batch and takes its part from its `Shard`; the one rank that
+samples answers with a `StepResult`.
+
+Order inside a step: `dropped`, then `new`, then the chunks' `new_tokens` and `new_blocks`, then the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_ray.core.request import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """A sequence that the ranks do not know yet (new, or back after a preemption).
+
+    `token_ids` is everything known: the prompt, then `len(token_ids) - num_prompt_tokens` generated ones.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    stop_token_ids: tuple[int, ...]  # masked until sampling.min_tokens are out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Tokens `[start, start + count)` of one sequence, to be computed in this step.
+
+    A chunk that reaches the last known token is sampled from; a rank sees that for itself.
+    `new_tokens` are appended to the sequence's ids, `new_blocks` to its block table, before it runs.
+    """
+
+    sequence_id: int
+    start: int
+    count: int
+    new_tokens: tuple[int, ...] = ()
+    new_blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    step_id: int
+    chunks: tuple[Chunk, ...]
+    new: tuple[NewSequence, ...] = ()
+    dropped: tuple[int, ...] = ()  # sequence ids to forget: finished, aborted, preempted
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The token chosen for one sequence. `error` (non-finite logits, say) ends that sequence and no other."""
+
+    sequence_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """Log-probabilities of prompt tokens `[start, start + len(entries))`; there are none for token 0."""
+
+    sequence_id: int
+    start: int
+    entries: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    step_id: int
+    samples: tuple[Sample, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    seconds: float = 0.0  # the sampling rank's own time in the step
