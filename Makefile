@@ -1,0 +1,69 @@
+# Two commands matter: `make serve` (install what is missing, serve the demo model) and `make test`.
+# Everything lives in .venv; a finished install is one stamp file, so calling again costs nothing.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Without an NVIDIA GPU one exact torch is installed first: a range could pull gigabytes of CUDA. Where an index of
+# CPU builds can be reached, `make install TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes it from there.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+TORCH := $(if $(filter 0,$(HAS_GPU)),torch==2.13.0,torch)
+TORCH_INDEX ?=
+
+MODEL ?= demo
+ARGS ?=
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
+
+.PHONY: install dev serve test check bench clean help
+
+help:
+	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
+	@echo "make install                            .venv with everything a user needs"
+	@echo "make check                              ruff, pyright, architecture, unit tests"
+	@echo "make test                               the whole test suite"
+	@echo "make bench [ARGS='--concurrency 8']     load the server that is running"
+	@echo "make clean                              remove .venv and what tools left behind"
+
+install: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is missing: apt-get install python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make environments: apt-get install python3-venv (or python3.11-venv)"; exit 1; }
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing $(TORCH)"
+	@$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	@echo "Installing qwen-ray and what it needs"
+	@$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what tests and checks need"
+	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+serve: install
+	@exec $(BIN)/qwen-ray serve $(MODEL) $(ARGS)
+
+check: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(PYTEST) tests/test_architecture.py tests/unit
+
+test: dev
+	$(PYTEST) $(NO_GPU_TIER) tests
+
+bench: install
+	@$(BIN)/qwen-ray bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) *.egg-info build dist .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

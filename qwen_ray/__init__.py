@@ -1,0 +1,29 @@
+"""The public names. They are looked up on first use, so that `import qwen_ray` costs nothing and brings no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_ray.config import Settings
+    from qwen_ray.core.request import SamplingParams
+    from qwen_ray.llm import LLM, RequestOutput
+
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "Settings", "__version__"]
+
+__version__ = version("qwen-ray")
+
+_HOMES = {
+    "LLM": "qwen_ray.llm",
+    "RequestOutput": "qwen_ray.llm",
+    "SamplingParams": "qwen_ray.core.request",
+    "Settings": "qwen_ray.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qwen_ray' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
