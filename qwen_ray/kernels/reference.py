@@ -1,0 +1,85 @@
+"""Every operation in plain torch: the specification that faster kernels are tested against.
+
+Knows tensors. Knows no sequences, layers, shards or devices: each operation runs wherever its tensors are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[T, in] by [out, in] to [T, out]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """[T, hidden]; Zhang and Sennrich 2019. The norm in float32, the product with the weight in x's dtype."""
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, heads, D], k [T, KV heads, D], cos and sin [T, D / 2]; Su et al. 2021, halves paired as GPT-NeoX does."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _rotate_one(q, cos, sin), _rotate_one(k, cos, sin)
+
+
+def _rotate_one(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2 I] to [T, I]: silu of the first half times the second; Shazeer 2020."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write k and v [T, KV heads, D] into the caches [blocks, block size, KV heads, D] at `slots` [T]."""
+    k_cache.flatten(0, 1).index_copy_(0, slots, k)
+    v_cache.flatten(0, 1).index_copy_(0, slots, v)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_lens_list: tuple[int, ...],
+    context_lens_list: tuple[int, ...],
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of each sequence's last tokens over all its cached ones, itself among them.
+
+    q [T, heads, D]: sequence s has `query_lens_list[s]` rows, laid end to end, the last tokens of its context of
+    `context_lens_list[s]`. block_tables [S, max blocks]. Returns [T, heads, D]. The tensors `query_starts` [S + 1] and
+    `context_lens` [S] say the same on the device. Each sequence is computed alone: neighbours do not change its bits.
+    """
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    group = q.shape[1] // num_kv_heads
+    outputs: list[torch.Tensor] = []
+    for s, rows in enumerate(q.split(query_lens_list)):
+        length = context_lens_list[s]
+        blocks = block_tables[s, : -(-length // block_size)]
+        k = k_cache[blocks].flatten(0, 1)[:length].repeat_interleave(group, dim=1)  # [context, heads, D]
+        v = v_cache[blocks].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,chd->hqc", rows, k).float() * scale
+        seen = causal_mask(rows.shape[0], length, q.device)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype)
+        outputs.append(torch.einsum("hqc,chd->qhd", weights, v))
+    return torch.cat(outputs)
+
+
+def causal_mask(num_queries: int, context_len: int, device: torch.device) -> torch.Tensor:
+    """[queries, context] bool, True where a query sees: the queries are the context's last tokens."""
+    mask = torch.ones(num_queries, context_len, dtype=torch.bool, device=device)
+    return mask.tril(context_len - num_queries)

@@ -1,0 +1,41 @@
+"""Which kernels a device gets: decided once, at start, and handed to the layers.
+
+Knows devices. Everything behind a name here does exactly what `reference.py` says under the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen_ray.kernels import reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """The operations of one device; see `reference.py` for what each takes and gives."""
+
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    store_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    paged_attention: Callable[..., Any]
+
+    @classmethod
+    def of(cls, device: torch.device) -> Kernels:
+        """The fastest that `device` has."""
+        return REFERENCE
+
+
+REFERENCE = Kernels(
+    linear=reference.linear,
+    rms_norm=reference.rms_norm,
+    rotate=reference.rotate,
+    silu_and_mul=reference.silu_and_mul,
+    store_kv=reference.store_kv,
+    paged_attention=reference.paged_attention,
+)

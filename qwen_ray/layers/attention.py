@@ -1,0 +1,64 @@
+"""Grouped-query attention over a paged KV cache.
+
+Knows its own heads and where its cache lies. The cache itself is made and owned by the worker, which sets `kv_cache`
+before the first forward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.layers.batch import ForwardBatch
+from qwen_ray.layers.checkpoint import Checkpoint
+from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear
+from qwen_ray.layers.site import Site
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """`kv_cache` is (keys, values), each [blocks, block size, num_kv_heads, head_dim] in the compute dtype."""
+
+    kv_cache: tuple[torch.Tensor, torch.Tensor]
+
+    def __init__(self, config: ModelConfig, site: Site) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads = len(site.shard.heads)
+        self.num_kv_heads = len(site.shard.kv_heads)
+        self._kernels = site.kernels
+        self._scale = config.head_dim**-0.5
+        queries, keys = site.shard.heads.scaled(self.head_dim), site.shard.kv_heads.scaled(self.head_dim)
+        parts = {
+            "q_proj": (config.q_size, queries),
+            "k_proj": (config.kv_size, keys),
+            "v_proj": (config.kv_size, keys),
+        }
+        self.qkv_proj = ColumnParallelLinear(site, config.hidden_size, parts, bias=config.qkv_bias)
+        self.o_proj = RowParallelLinear(site, config.q_size, queries, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, angles: Angles, batch: ForwardBatch) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]; writes T keys and values into the cache."""
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # each [T, heads, D]
+        q, k = self._kernels.rotate(q, k, *angles)
+        k_cache, v_cache = self.kv_cache
+        self._kernels.store_kv(k, v, k_cache, v_cache, batch.slots)
+        out = self._kernels.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables=batch.block_tables,
+            query_starts=batch.query_starts,
+            context_lens=batch.context_lens,
+            query_lens_list=batch.query_lens_list,
+            context_lens_list=batch.context_lens_list,
+            scale=self._scale,
+        )
+        return self.o_proj(out.flatten(1))
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self.qkv_proj.load(checkpoint, prefix)
+        self.o_proj.load(checkpoint, f"{prefix}.o_proj")

@@ -1,0 +1,60 @@
+"""The vocabulary: token ids to vectors on the first stage, vectors to logits on the last. Each rank holds its rows.
+
+A tied model has one matrix for both; a rank that needs it for both holds it once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwen_ray.core.plan import Span, split_evenly
+from qwen_ray.layers.checkpoint import Checkpoint
+from qwen_ray.layers.site import Site, weight
+
+
+class VocabMatrix(nn.Module):
+    """This rank's rows of a [vocabulary, hidden] matrix."""
+
+    def __init__(self, site: Site, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self._shape = (vocab_size, hidden_size)
+        self.span: Span = site.shard.vocab
+        self.weight = weight(site, len(self.span), hidden_size)
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self.weight.copy_(checkpoint.read(f"{prefix}.weight", self._shape, rows=self.span))
+
+
+class Embedding(VocabMatrix):
+    def __init__(self, site: Site, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(site, vocab_size, hidden_size)
+        self._group = site.groups.tensor
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] to [T, hidden]. Each rank looks up its own tokens, the sum puts them together."""
+        if self._group.size == 1:
+            return F.embedding(token_ids, self.weight)
+        mine = (token_ids >= self.span.start) & (token_ids < self.span.stop)
+        rows = F.embedding(torch.where(mine, token_ids - self.span.start, 0), self.weight)
+        return self._group.all_reduce(rows.masked_fill_(~mine.unsqueeze(-1), 0))
+
+
+class Head(nn.Module):
+    """Logits from a vocabulary matrix: one of its own, or the embedding's."""
+
+    def __init__(self, site: Site, matrix: VocabMatrix) -> None:
+        super().__init__()
+        self._linear = site.kernels.linear
+        self._group = site.groups.tensor
+        self._sizes = tuple(len(span) for span in split_evenly(matrix.vocab_size, site.shard.tp_size))
+        self.matrix = matrix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | None:
+        """[L, hidden] to logits [L, vocabulary] in float32 on tensor rank 0, None on the others."""
+        return self._group.gather(self._linear(x, self.matrix.weight, None).float(), self._sizes)
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self.matrix.load(checkpoint, prefix)

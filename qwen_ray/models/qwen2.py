@@ -1,0 +1,27 @@
+"""Qwen2 and Qwen2.5 dense (Yang et al. 2024), and Llama, which is the same without biases on Q, K and V."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.layers.attention import Angles, Attention
+from qwen_ray.layers.batch import ForwardBatch
+from qwen_ray.layers.mlp import Mlp
+from qwen_ray.layers.norm import RMSNorm
+from qwen_ray.layers.site import Site
+from qwen_ray.models.stage import DecoderLayer
+
+
+class Qwen2Layer(DecoderLayer):
+    def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, site)
+        self.post_attention_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config, site)
+
+    def forward(self, x: torch.Tensor, angles: Angles, batch: ForwardBatch) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, batch)
+        return x + self.mlp(self.post_attention_layernorm(x))

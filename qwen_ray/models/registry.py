@@ -1,0 +1,29 @@
+"""Which page serves which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from qwen_ray.core.errors import CheckpointError
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.plan import Shard
+from qwen_ray.layers.site import Groups, Site
+from qwen_ray.models.qwen2 import Qwen2Layer
+from qwen_ray.models.stage import DecoderLayer, Stage
+
+LAYERS: dict[str, Callable[[ModelConfig, Site, int], DecoderLayer]] = {"llama": Qwen2Layer, "qwen2": Qwen2Layer}
+
+
+def build(
+    config: ModelConfig, shard: Shard, groups: Groups, device: torch.device, dtype: torch.dtype, *, max_len: int
+) -> Stage:
+    """This rank's part of the model, its weights not yet filled.
+
+    Positions up to `max_len` can be computed. Raises CheckpointError if no page serves the architecture.
+    """
+    if config.architecture not in LAYERS:
+        raise CheckpointError(f"architecture {config.architecture!r} is not served; served are {', '.join(LAYERS)}.")
+    site = Site.of(shard, groups, device, dtype)
+    return Stage(config, site, max_len, LAYERS[config.architecture])

@@ -1,0 +1,99 @@
+"""What every architecture shares: one rank's run of layers, with the embedding before and the head behind.
+
+Knows which part of the model this rank holds, and hands hidden states to the next. What a layer is, the architecture's
+own page says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.layers.attention import Attention
+from qwen_ray.layers.batch import ForwardBatch
+from qwen_ray.layers.checkpoint import Checkpoint
+from qwen_ray.layers.embedding import Embedding, Head, VocabMatrix
+from qwen_ray.layers.norm import RMSNorm
+from qwen_ray.layers.rotary import Rotary
+from qwen_ray.layers.site import Site
+
+
+class DecoderLayer(nn.Module):
+    """One layer of an architecture. Its attributes are named as in the checkpoint, and each can load itself."""
+
+    self_attn: Attention
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        for name, part in self.named_children():
+            cast(Loads, part).load(checkpoint, f"{prefix}.{name}")
+
+
+class Loads(Protocol):
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None: ...
+
+
+class Stage(nn.Module):
+    """One rank's part of a causal language model. `layers` are those of `shard.layers`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        site: Site,
+        max_len: int,
+        make_layer: Callable[[ModelConfig, Site, int], DecoderLayer],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.shard = shard = site.shard
+        self._groups = site.groups
+        self._dtype = site.dtype
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embed_tokens = Embedding(site, vocab, hidden) if shard.is_first else None
+        self.layers = nn.ModuleList(make_layer(config, site, i) for i in shard.layers)
+        self.rotary = Rotary(site, config.rope, config.head_dim, max_len)
+        self.norm = RMSNorm(site, hidden, config.rms_norm_eps) if shard.is_last else None
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = Head(site, tied or VocabMatrix(site, vocab, hidden)) if shard.is_last else None
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Logits [L, vocabulary] in float32 on the rank that samples, None on the others."""
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(batch.token_ids)
+        else:
+            x = self._groups.receive((batch.num_tokens, self.config.hidden_size), self._dtype)
+        angles = self.rotary(batch.positions)
+        for layer in self.layers:
+            x = layer(x, angles, batch)
+        if self.norm is None or self.lm_head is None:
+            self._groups.send(x)
+            return None
+        return self.lm_head(self.norm(x[batch.logit_rows]))
+
+    @torch.inference_mode()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fill every weight. Raises CheckpointError."""
+        if self.embed_tokens is not None:
+            self.embed_tokens.load(checkpoint, "model.embed_tokens")
+        for i, layer in zip(self.shard.layers, self.layers, strict=True):
+            cast(DecoderLayer, layer).load(checkpoint, f"model.layers.{i}")
+        if self.norm is not None:
+            self.norm.load(checkpoint, "model.norm")
+        if self.lm_head is not None and self.lm_head.matrix is not self.embed_tokens:
+            self.lm_head.load(checkpoint, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """This rank's attention layers in order: each wants its `kv_cache` set."""
+        return [cast(DecoderLayer, layer).self_attn for layer in self.layers]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights and tables held; what is shared counts once. KV caches are the worker's."""
+        tensors = [*self.parameters(), *self.buffers()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
