@@ -22,6 +22,7 @@ from qwen_ray.core.plan import Span
 from qwen_ray.worker.gguf import open_gguf
 from qwen_ray.worker.stored import StoredTensor
 
+CPU = torch.device("cpu")
 DUMMY_STD = 0.02
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,7 +53,7 @@ def open_checkpoint(
     dtype: torch.dtype,
     load_format: str = "auto",
     *,
-    device: str = "cpu",
+    device: torch.device = CPU,
     on_read: Callable[[int], None] = lambda _: None,
 ) -> CountedCheckpoint:
     """A checkpoint whose tensors are read as `dtype`; `on_read` hears the size, as `dtype`, of each part read.
@@ -126,7 +127,7 @@ class FileCheckpoint:
 class DummyCheckpoint:
     """Random weights of the true shapes, made on the device; norms are 1. The same part is always the same."""
 
-    def __init__(self, dtype: torch.dtype, device: str, on_read: Callable[[int], None]) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, on_read: Callable[[int], None]) -> None:
         self.bytes_read = 0
         self._dtype = dtype
         self._device = device

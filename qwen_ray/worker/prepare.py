@@ -1,0 +1,106 @@
+"""From a StepBatch and the sequences it talks about to the tensors of one forward pass.
+
+A pure function: changes nothing, and knows neither model nor ranks.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from qwen_ray.core.step import Chunk
+from qwen_ray.layers.batch import ForwardBatch
+from qwen_ray.worker.sequences import SequenceState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRows:
+    """Logits rows `[row, row + count)` predict prompt tokens `[start, start + count)` of a sequence."""
+
+    state: SequenceState
+    row: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedBatch:
+    """A forward pass, and whose each of its L logits rows is: `sample_rows[i]` is sampled from for `samples[i]`."""
+
+    forward: ForwardBatch
+    samples: tuple[SequenceState, ...]
+    sample_rows: tuple[int, ...]
+    prompts: tuple[PromptRows, ...]
+
+
+def prepare(
+    chunks: Sequence[Chunk], states: Sequence[SequenceState], *, block_size: int, device: torch.device
+) -> PreparedBatch:
+    """`states[i]` is the sequence of `chunks[i]`, what the step brings already taken in."""
+    token_ids, positions = array("q"), array("q")
+    logit_rows = array("q")
+    samples: list[SequenceState] = []
+    sample_rows: list[int] = []
+    prompts: list[PromptRows] = []
+    for chunk, state in zip(chunks, states, strict=True):
+        first, stop = len(token_ids), chunk.start + chunk.count
+        token_ids += state.token_ids[chunk.start : stop]
+        positions.extend(range(chunk.start, stop))
+        if state.sampling.prompt_logprobs is not None:
+            # Token p is predicted at position p - 1; the first has no prediction, the last prompt position is sampled.
+            count = min(stop + 1, state.num_prompt_tokens) - (chunk.start + 1)
+            if count > 0:
+                prompts.append(PromptRows(state=state, row=len(logit_rows), start=chunk.start + 1, count=count))
+                logit_rows.extend(range(first, first + count))
+        if stop == state.num_tokens:
+            samples.append(state)
+            sample_rows.append(len(logit_rows))
+            logit_rows.append(first + chunk.count - 1)
+    return PreparedBatch(
+        forward=_forward_batch(chunks, states, token_ids, positions, logit_rows, block_size, device),
+        samples=tuple(samples),
+        sample_rows=tuple(sample_rows),
+        prompts=tuple(prompts),
+    )
+
+
+def _forward_batch(
+    chunks: Sequence[Chunk],
+    states: Sequence[SequenceState],
+    token_ids: array[int],
+    positions: array[int],
+    logit_rows: array[int],
+    block_size: int,
+    device: torch.device,
+) -> ForwardBatch:
+    query_lens = tuple(chunk.count for chunk in chunks)
+    context_lens = tuple(chunk.start + chunk.count for chunk in chunks)
+    width = max(len(state.blocks) for state in states)
+    tables = array("q")
+    for state in states:
+        tables += state.blocks
+        tables.extend(array("q", [0]) * (width - len(state.blocks)))
+    block_tables = to_tensor(tables).view(len(states), width)
+    where = to_tensor(positions)
+    owner = torch.repeat_interleave(torch.tensor(query_lens))  # [T]: the sequence of each token
+    slots = block_tables[owner, where // block_size] * block_size + where % block_size
+    return ForwardBatch(
+        token_ids=to_tensor(token_ids).to(device),
+        positions=where.to(device),
+        slots=slots.to(device),
+        block_tables=block_tables.to(device),
+        query_starts=torch.tensor(list(accumulate(query_lens, initial=0))).to(device),
+        context_lens=torch.tensor(context_lens).to(device),
+        logit_rows=to_tensor(logit_rows).to(device),
+        query_lens_list=query_lens,
+        context_lens_list=context_lens,
+    )
+
+
+def to_tensor(values: array[int]) -> torch.Tensor:
+    """[len(values)] int64 over the same memory."""
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,43 @@
+"""One step on one rank: take in what changed, run this rank's layers, sample where that is this rank's part.
+
+Knows the order of things. Threads, memory and counters are `worker.py`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.models.stage import Stage
+from qwen_ray.worker.prepare import prepare
+from qwen_ray.worker.sampler import describe_prompts, sample
+from qwen_ray.worker.sequences import SequenceTable
+
+
+class Runner:
+    """Owns the rank's sequences. `model` has its weights and its KV cache."""
+
+    def __init__(self, model: Stage, *, block_size: int, device: torch.device) -> None:
+        self._model = model
+        self._block_size = block_size
+        self._device = device
+        self._sequences = SequenceTable()
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> StepResult | None:
+        """The step's result on the rank that samples, None on the others."""
+        states = self._sequences.apply(batch)
+        samples = self._model.shard.samples
+        if not states:
+            return StepResult(step_id=batch.step_id) if samples else None
+        prepared = prepare(batch.chunks, states, block_size=self._block_size, device=self._device)
+        logits = self._model(prepared.forward)
+        if not samples:
+            return None
+        prompts = describe_prompts(logits, prepared.prompts)
+        rows = logits[list(prepared.sample_rows)] if prepared.prompts else logits
+        return StepResult(
+            step_id=batch.step_id,
+            samples=tuple(sample(rows, prepared.samples)) if prepared.samples else (),
+            prompt_logprobs=tuple(prompts),
+        )

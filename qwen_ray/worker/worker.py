@@ -1,0 +1,195 @@
+"""One rank: its shard of the model, its KV cache, its part of every step, and its figures.
+
+Knows its `ReplicaSpec` and its number. Does not know what carries steps to it: `local.py` calls it in process, the
+cluster's actors over the network. `join`, `load`, `allocate`, then `execute` for each step, then `close`; all ranks of
+a group go through these together. Not thread-safe, `abort` and `stats` excepted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import platform
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qwen_ray.core.plan import EngineConfig, Rendezvous, ReplicaSpec
+from qwen_ray.core.request import SamplingParams
+from qwen_ray.core.stats import RankStats
+from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
+from qwen_ray.models.registry import build
+from qwen_ray.models.stage import Stage
+from qwen_ray.parallel.groups import Groups
+from qwen_ray.worker import kv_cache
+from qwen_ray.worker.runner import Runner
+from qwen_ray.worker.weights import open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """See the module. `stats()` is valid at any time, from any thread."""
+
+    def __init__(self, spec: ReplicaSpec, rank: int, rendezvous: Rendezvous) -> None:
+        self.shard = spec.plan.shard(spec.config, rank)
+        self._spec = spec
+        self._rendezvous = rendezvous
+        self._device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device(spec.device)
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._groups: Groups | None = None
+        self._model: Stage | None = None
+        self._runner: Runner | None = None
+        self._thread: int | None = None
+        self._stats = RankStats(
+            rank=rank,
+            stage=self.shard.stage,
+            tp_rank=self.shard.tp_rank,
+            pid=os.getpid(),
+            node=platform.node(),
+            device=spec.device,
+        )
+
+    def join(self) -> None:
+        """Meet the other ranks of the group."""
+        self._groups = Groups.join(self.shard, self._rendezvous, self._device)
+
+    def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Build this rank's part of the model and fill it; `on_progress` hears (bytes done, bytes in all).
+
+        Holds at most the shard and one tensor. Raises CheckpointError.
+        """
+        assert self._groups is not None, "join first"
+        self._use_threads()
+        started = time.perf_counter()
+        spec = self._spec
+        model = build(
+            spec.config, self.shard, self._groups, self._device, self._dtype, max_len=spec.engine.max_model_len
+        )
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        done = 0
+
+        def on_read(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            on_progress(done, total)
+
+        checkpoint = open_checkpoint(
+            Path(spec.path), spec.config, self._dtype, spec.load_format, device=self._device, on_read=on_read
+        )
+        model.load(checkpoint)
+        checkpoint.check_extra(self.shard.layers)
+        self._model = model
+        give_back_memory()
+        self._stats = replace(
+            self._stats,
+            weights_bytes=total,
+            bytes_read=self._stats.bytes_read + checkpoint.bytes_read,
+            load_seconds=time.perf_counter() - started,
+            num_loads=self._stats.num_loads + 1,
+        )
+        logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
+
+    def allocate(self) -> None:
+        """Make the KV cache, then run the largest step there can be, so that its memory is held from the start."""
+        assert self._model is not None, "load first"
+        self._use_threads()
+        engine = self._spec.engine
+        kv_bytes = kv_cache.allocate(
+            self._model.attentions,
+            num_blocks=engine.num_blocks,
+            block_size=engine.block_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        self._stats = replace(self._stats, kv_bytes=kv_bytes)
+        Runner(self._model, block_size=engine.block_size, device=self._device).run(largest_step(engine))
+        self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
+
+    def execute(self, batch: StepBatch) -> StepResult | None:
+        """Run this rank's part of one step; the answer comes from the one rank that samples."""
+        assert self._runner is not None, "allocate first"
+        self._use_threads()
+        started = time.perf_counter()
+        result = self._runner.run(batch)
+        seconds = time.perf_counter() - started
+        self._stats = replace(
+            self._stats,
+            num_steps=self._stats.num_steps + 1,
+            num_tokens=self._stats.num_tokens + batch.num_tokens,
+            step_seconds=self._stats.step_seconds + seconds,
+        )
+        return None if result is None else replace(result, seconds=seconds)
+
+    def stats(self) -> RankStats:
+        return replace(self._stats, memory_bytes=memory_bytes(self._device))
+
+    def abort(self) -> None:
+        """Make a step that waits for its peers raise. From any thread."""
+        if self._groups is not None:
+            self._groups.abort()
+
+    def close(self) -> None:
+        """Leave the group and let go of the memory. A second call does nothing."""
+        groups, self._groups = self._groups, None
+        self._runner = None
+        self._model = None
+        if groups is not None:
+            groups.close()
+        give_back_memory()
+
+    def _use_threads(self) -> None:
+        # OpenMP keeps the number of threads per calling thread: it has to be said in the one that computes.
+        if self._thread != threading.get_ident():
+            torch.set_num_threads(self._spec.num_threads)
+            self._thread = threading.get_ident()
+
+
+def largest_step(engine: EngineConfig) -> StepBatch:
+    """As many tokens and sequences as `engine` allows in one step, the first sequences as long as they can be."""
+    num_sequences = min(engine.max_num_seqs, engine.max_num_batched_tokens)
+    sampling = SamplingParams(temperature=1.0, top_p=0.9)
+    left = engine.max_num_batched_tokens
+    chunks: list[Chunk] = []
+    new: list[NewSequence] = []
+    for i in range(num_sequences):
+        count = min(engine.max_model_len, left - (num_sequences - 1 - i))
+        left -= count
+        # What is written here is never read: sequences may share blocks.
+        blocks = tuple(b % engine.num_blocks for b in range(-(-count // engine.block_size)))
+        chunks.append(Chunk(sequence_id=i, start=0, count=count, new_blocks=blocks))
+        new.append(
+            NewSequence(
+                sequence_id=i,
+                token_ids=(0,) * count,
+                num_prompt_tokens=count,
+                sampling=sampling,
+                seed=0,
+                stop_token_ids=(),
+            )
+        )
+    return StepBatch(step_id=0, chunks=tuple(chunks), new=tuple(new))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All that this process holds: resident memory on CPU, torch's allocations on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def give_back_memory() -> None:
+    """Return what loading freed to the system: glibc would keep it, and the rank would hold more than was planned."""
+    gc.collect()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
