@@ -1,4 +1,4 @@
-"""A model's files → ModelConfig: config.json and generation_config.json, or a GGUF file's metadata. Reads no weights."""
+"""A model's files → ModelConfig: config.json and generation_config.json, or GGUF metadata. Reads no weights."""
 
 from __future__ import annotations
 
