@@ -36,12 +36,20 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors", "gguf", "numpy"},
     ),
     "cluster": ({"core", "worker"}, {"ray", "msgspec"}),
-    "llm": ({"core", "config", "planner", "text", "source", "engine", "worker"}, set()),
+    "machine": ({"core"}, set()),
+    "sizing": ({"core", "config", "planner"}, set()),
+    "llm": (
+        {"core", "config", "machine", "sizing", "planner", "text", "source", "engine", "worker"},
+        set(),
+    ),
     "serving": (
-        {"core", "config", "planner", "text", "source", "engine", "cluster", "metrics"},
+        {"core", "config", "sizing", "planner", "text", "source", "engine", "cluster", "metrics"},
         {"ray", "fastapi", "starlette", "pydantic", "msgspec"},
     ),
-    "commands": ({"core", "config", "planner", "source", "llm", "serving"}, {"typer", "rich", "httpx"}),
+    "commands": (
+        {"core", "config", "machine", "sizing", "planner", "source", "llm", "serving"},
+        {"typer", "rich", "httpx", "pydantic"},
+    ),
     "cli": ({"core", "config", "commands"}, {"typer", "rich"}),
     "__init__": ({"core", "config", "llm"}, set()),
     "__main__": ({"cli"}, set()),

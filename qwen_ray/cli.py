@@ -1,0 +1,243 @@
+"""The command line: parse, load settings, call one thing.
+
+Knows names, help texts and exit codes. What a command does stands in `commands/`, imported when it runs: `--help` and
+`plan` start without torch and Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from qwen_ray.commands.console import out, show_error
+from qwen_ray.commands.options import ALL_FLAGS, ENGINE_FLAGS, MODEL_FLAGS, ModelArgument, with_settings
+from qwen_ray.config import Settings
+from qwen_ray.core.errors import PlanRefused, QwenRayError
+from qwen_ray.core.request import SamplingParams
+
+app = typer.Typer(
+    name="qwen-ray",
+    help="Serve Qwen-family models on a Ray cluster, with an OpenAI-compatible endpoint.",
+    epilog="Start with [bold]qwen-ray serve[/] (a small built-in model), then [bold]qwen-ray chat --url "
+    "http://127.0.0.1:8000[/]. Every flag of [bold]serve[/] is also an environment variable ([bold]--max-model-len"
+    "[/] is QWEN_RAY_MAX_MODEL_LEN) and a key of the settings file ([bold]-f settings.yaml[/]). Exit codes: 0 done, "
+    "1 failed, 2 wrong settings, 3 model not found, 4 model files wrong, 5 the plan does not fit, 130 interrupted.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="A running server; without it the model runs in this process."),
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="X", help="Sample from this share of probability.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")]
+
+
+@app.command()
+@with_settings(*ALL_FLAGS)
+def serve(*, settings: Settings, model: ModelArgument = None) -> None:
+    """Serve a model over HTTP until Ctrl-C.
+
+    Fetches the model if needed, checks that it fits, starts Ray (or joins the cluster at --address) and an
+    OpenAI-compatible endpoint.
+
+      qwen-ray serve
+      qwen-ray serve demo --tp 2 --port 9000
+      qwen-ray serve Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --max-model-len 32k
+      qwen-ray serve -f settings.yaml
+    """
+    from qwen_ray.commands.serve import run_serve
+
+    run_serve(settings)
+
+
+@app.command()
+@with_settings(*MODEL_FLAGS, *ENGINE_FLAGS, "cache-dir", "address")
+def plan(
+    *,
+    settings: Settings,
+    model: ModelArgument = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware",
+            metavar="SPEC",
+            help="For example 8xH100-80G or 2x8xH100-80G. Without it: the Ray cluster at --address, else this machine.",
+        ),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option("--context", metavar="TOKENS", help="Context to plan for, such as 32k.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", metavar="N", min=1, help="Requests at once to plan for.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show how a model would be divided, what it needs and what it would do; nothing is started.
+
+    Exit code 5, and the inequality that failed, when it does not fit.
+
+      qwen-ray plan Qwen/Qwen2.5-72B-Instruct --hardware 8xH100-80G
+      qwen-ray plan Qwen/Qwen3-235B-A22B --hardware 2x8xH100-80G --context 32k --concurrency 64 --json
+      qwen-ray plan demo --tp 2
+    """
+    from qwen_ray.commands.plan import run_plan
+
+    run_plan(settings, hardware=hardware, context=context, concurrency=concurrency, as_json=as_json)
+
+
+@app.command()
+@with_settings(*MODEL_FLAGS, *ENGINE_FLAGS, "cache-dir")
+def generate(
+    *,
+    settings: Settings,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="Model; default: demo.")] = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    url: UrlOption = None,
+) -> None:
+    """Continue a text, without starting a server.
+
+    qwen-ray generate "The capital of France is" --max-tokens 20 --temperature 0
+    qwen-ray generate "Once upon a time" -m Qwen/Qwen2.5-0.5B
+    """
+    from qwen_ray.commands.offline import run_generate
+
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    run_generate(settings, sys.stdin.read() if prompt == "-" else prompt, sampling, url=url)
+
+
+@app.command()
+@with_settings(*MODEL_FLAGS, *ENGINE_FLAGS, "cache-dir")
+def chat(
+    *,
+    settings: Settings,
+    model: ModelArgument = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    url: UrlOption = None,
+) -> None:
+    """Talk to a model in the terminal; an empty line or Ctrl-D ends it.
+
+    qwen-ray chat
+    qwen-ray chat --url http://127.0.0.1:8000
+    """
+    from qwen_ray.commands.offline import run_chat
+
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    run_chat(settings, system, sampling, url=url)
+
+
+@app.command()
+def bench(
+    url: Annotated[str, typer.Option("--url", metavar="URL", help="The server's address.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option("--model", help="Default: the first that it lists.")] = None,
+    num_requests: Annotated[int, typer.Option("--num-requests", "-n", min=1, help="Requests in all.")] = 64,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Requests open at once.")] = 8,
+    request_rate: Annotated[
+        float | None,
+        typer.Option("--request-rate", min=0.001, help="Requests per second (Poisson), in place of --concurrency."),
+    ] = None,
+    input_len: Annotated[int, typer.Option("--input-len", min=1, help="Prompt tokens.")] = 128,
+    output_len: Annotated[int, typer.Option("--output-len", min=1, help="Output tokens.")] = 64,
+    shared_prefix_len: Annotated[
+        int, typer.Option("--shared-prefix-len", min=0, help="Prompt tokens that all requests share.")
+    ] = 0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Always --output-len tokens.")
+    ] = True,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=1001, help="Prompts use ids below this.")] = 30_000,
+    seed: Annotated[int, typer.Option("--seed", help="Of prompts and arrivals.")] = 0,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="Sent as a bearer token.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Load an OpenAI endpoint (any server's) and print latencies and throughput.
+
+    qwen-ray bench --concurrency 32 --input-len 128 --output-len 64
+    qwen-ray bench --request-rate 4 --num-requests 200 --json > run.json
+    """
+    from qwen_ray.commands.bench import run_bench
+    from qwen_ray.commands.load import LoadSpec, served_model
+
+    url = url.rstrip("/").removesuffix("/v1")
+    spec = LoadSpec(
+        url=url,
+        model=model or served_model(url, api_key),
+        num_requests=num_requests,
+        concurrency=concurrency,
+        request_rate=request_rate,
+        input_len=input_len,
+        output_len=output_len,
+        shared_prefix_len=shared_prefix_len,
+        ignore_eos=ignore_eos,
+        vocab_size=vocab_size,
+        seed=seed,
+        api_key=api_key,
+    )
+    run_bench(spec, as_json=as_json)
+
+
+@app.command()
+@with_settings("revision", "cache-dir")
+def pull(*, settings: Settings, model: ModelArgument = None) -> None:
+    """Fetch a model into the cache; a second call does nothing.
+
+    qwen-ray pull demo
+    qwen-ray pull Qwen/Qwen2.5-0.5B-Instruct
+    """
+    from qwen_ray.commands.pull import run_pull
+
+    run_pull(settings)
+
+
+@app.command()
+def status(
+    url: Annotated[str, typer.Option("--url", metavar="URL", help="The server's address.")] = "http://127.0.0.1:8000",
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a running server is made of: replicas, ranks, memory, KV use.
+
+    qwen-ray status
+    qwen-ray status --json | jq '.models[0].replicas[0].ranks'
+    """
+    from qwen_ray.commands.status import run_status
+
+    run_status(url.rstrip("/"), as_json=as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from qwen_ray import __version__
+
+    out.print(__version__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; ends the process with an exit code. Errors of our tree are one message, never a traceback."""
+    try:
+        app(arguments)
+    except QwenRayError as error:
+        show_error(str(error))
+        if isinstance(error, PlanRefused) and error.inequality and error.inequality not in str(error):
+            show_error(error.inequality)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
