@@ -1,0 +1,165 @@
+"""What is asked of the planner, and what it answers: a request, candidates, a report.
+
+Knows how a candidate becomes what an engine and its ranks are told. Searching is `search`, wording is `explain`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qwen_ray.core.errors import PlanRefused
+from qwen_ray.core.hardware import Hardware
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
+from qwen_ray.planner.cost import Estimate
+from qwen_ray.planner.memory import RankMemory
+from qwen_ray.planner.placement import Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Aims in seconds: time to first token, time per output token."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """None means: find it.
+
+    `concurrency` is the number of requests at once over all replicas, of `prompt_len` and `output_len` tokens; they
+    only serve the estimates. `memory_utilization` is the part of a device's (on CPU: a node's) memory that may be used.
+    `kv_memory_bytes` is the KV cache of the rank that holds most of it. `device` is cuda or cpu; None: GPUs where there
+    are any.
+    """
+
+    config: ModelConfig
+    hardware: Hardware
+    model: str = ""
+    dtype: str | None = None  # None: the checkpoint's own
+    tp: int | None = None
+    pp: int | None = None
+    dp: int | None = None
+    max_model_len: int | None = None
+    concurrency: int = 64
+    prompt_len: int = 1024
+    output_len: int = 256
+    slo: Slo = field(default_factory=Slo)
+    memory_utilization: float = 0.9
+    kv_memory_bytes: int | None = None
+    num_blocks: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_num_waiting: int = 1024
+    enable_prefix_caching: bool = True
+    device: str | None = None
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.dtype or self.config.dtype
+
+    @property
+    def kind(self) -> str:
+        """Of the devices that are planned for."""
+        kinds = {node.device.kind for node in self.hardware.nodes}
+        return self.device or ("cuda" if "cuda" in kinds else "cpu")
+
+    @property
+    def context_limit(self) -> int:
+        """Positions that the model was made for, or stretched to."""
+        rope = self.config.rope
+        stretched = int((rope.original_max_position_embeddings or 0) * rope.factor) if rope.kind != "default" else 0
+        return max(self.config.max_position_embeddings, stretched)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to divide the model. `reason` says why it cannot hold, `miss` which aim it misses; None for neither.
+
+    `ranks` are those of one replica; `placement` gives, for each replica, the node of each stage. A rejected candidate
+    has no blocks and no estimate.
+    """
+
+    request: PlanRequest
+    plan: ParallelPlan
+    ranks: tuple[RankMemory, ...] = ()
+    placement: tuple[Replica, ...] = ()
+    engine: EngineConfig
+    usable_bytes: int = 0  # of the fullest device, or CPU node
+    needed_bytes: int = 0  # there, with the KV cache that is asked for at least
+    num_threads: int = 1  # of one rank
+    estimate: Estimate | None = None
+    reason: str | None = None
+    miss: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.reason is None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all ranks of one replica together."""
+        return sum(rank.kv_per_block for rank in self.ranks) // self.engine.block_size
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """That one replica can hold."""
+        return self.engine.num_kv_tokens
+
+    @property
+    def max_sequences(self) -> int:
+        """That one replica can hold at full length."""
+        return self.num_kv_tokens // self.engine.max_model_len
+
+    @property
+    def is_full_context(self) -> bool:
+        return self.engine.max_model_len >= (self.request.max_model_len or self.request.context_limit)
+
+    def rank_bytes(self, rank: int) -> int:
+        """All that the planner says this rank will hold."""
+        return self.ranks[rank].total(self.engine.num_blocks)
+
+    def engine_config(self) -> EngineConfig:
+        """Raises PlanRefused for a candidate that does not fit."""
+        if self.reason is not None:
+            raise PlanRefused(f"tp={self.plan.tp} pp={self.plan.pp} does not fit.", inequality=self.reason)
+        return self.engine
+
+    def replica_spec(self, *, name: str, path: str, load_format: str = "auto") -> ReplicaSpec:
+        """What each replica is started with. Raises PlanRefused for a candidate that does not fit."""
+        return ReplicaSpec(
+            name=name,
+            path=path,
+            config=self.request.config,
+            plan=self.plan,
+            engine=self.engine_config(),
+            dtype=self.request.compute_dtype,
+            device=self.request.kind,
+            load_format=load_format,
+            num_threads=self.num_threads,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """All candidates, best first, and the best one if any fits. `advice` says what would fit where nothing does."""
+
+    request: PlanRequest
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    advice: tuple[str, ...] = ()
+
+    def require(self) -> Candidate:
+        """The chosen candidate. Raises PlanRefused with the inequality of the one that came closest."""
+        if self.chosen is not None:
+            return self.chosen
+        closest = self.candidates[0]
+        plan = closest.plan
+        what = self.request.model or f"the {self.request.config.architecture} model"
+        message = (
+            f"{what} ({self.request.compute_dtype}) does not fit {self.request.hardware.description}; closest was "
+            f"tp={plan.tp} pp={plan.pp}: {closest.reason}."
+        )
+        raise PlanRefused(" ".join((message, *self.advice)), inequality=closest.reason)

@@ -1,0 +1,227 @@
+"""A plan in words, tables and JSON. Decides nothing, and prints nothing: callers do.
+
+GB are 10^9 bytes throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from qwen_ray.core.hardware import GB
+from qwen_ray.core.plan import Span
+from qwen_ray.planner.candidate import Candidate, PlanReport
+from qwen_ray.planner.memory import CPU_PROCESS_BYTES
+
+HEADER = (
+    *("tp", "pp", "dp", "weights/rank", "KV/token", "activations", "reserve"),
+    *("KV tokens", "sequences", "TTFT", "TPOT", "tokens/s", "verdict"),
+)
+MAX_FITTING, MAX_REJECTED = 12, 8  # rows that are shown
+
+
+def rows(report: PlanReport) -> list[tuple[str, ...]]:
+    """One row of `HEADER` per candidate that is worth showing: the best that fit, the nearest that do not."""
+    fitting = [candidate for candidate in report.candidates if candidate.fits]
+    rejected = [candidate for candidate in report.candidates if not candidate.fits]
+    return [_row(candidate, report) for candidate in (*fitting[:MAX_FITTING], *rejected[:MAX_REJECTED])]
+
+
+def describe(report: PlanReport) -> str:
+    """The whole report as plain text."""
+    request = report.request
+    config = request.config
+    active = f", {config.num_active_parameters / 1e9:.2f} B active" if config.moe else ""
+    shown = rows(report)
+    lines = [
+        f"{request.model or config.architecture}: {config.num_parameters / 1e9:.2f} B parameters{active}, "
+        f"{request.compute_dtype}, {config.num_hidden_layers} layers, {config.num_attention_heads} heads, "
+        f"{config.num_key_value_heads} KV heads",
+        f"{request.hardware.description}: {_count(request.hardware.num_devices, 'device')}, "
+        f"{request.memory_utilization:.0%} of their memory may be used; estimates are for {request.concurrency} "
+        f"requests at once of {request.prompt_len} + {request.output_len} tokens",
+        "",
+        *_aligned([HEADER, *shown]),
+    ]
+    if len(report.candidates) > len(shown):
+        lines.append(f"and {len(report.candidates) - len(shown)} more")
+    lines.append("")
+    lines += placement_lines(report.chosen) if report.chosen else ["Nothing fits.", *report.advice]
+    return "\n".join(lines)
+
+
+def placement_lines(candidate: Candidate) -> list[str]:
+    """The chosen plan in words: what each rank holds, and where it stands."""
+    plan, engine = candidate.plan, candidate.engine
+    lines = [
+        f"Chosen: tp={plan.tp} pp={plan.pp} dp={plan.dp}: {_count(plan.dp, 'replica')} of {_count(plan.world_size, 'rank')}, "
+        f"{engine.max_model_len} tokens of context, {candidate.num_kv_tokens} tokens of KV cache a replica "
+        f"({_count(candidate.max_sequences, 'sequence')} at full length)",
+    ]
+    if candidate.miss:
+        lines.append(f"No plan meets the aims; this one comes closest: {candidate.miss}.")
+    for (_, *_), group in groupby(candidate.ranks, key=lambda r: (r.rank // plan.tp, *_sizes(candidate, r.rank))):
+        members = [rank.rank for rank in group]
+        layers = plan.stages[members[0] // plan.tp]
+        who = f"rank {members[0]}" if len(members) == 1 else f"ranks {members[0]} to {members[-1]}, each"
+        parts = [f"{name} {_gb(size)}" for name, size in _sizes_by_name(candidate, members[0]).items() if size]
+        total = _gb(candidate.rank_bytes(members[0]))
+        lines.append(f"  {who} (layers {_span(layers)}): {' + '.join(parts)} = {total}")
+    if candidate.request.kind == "cpu":
+        lines.append(f"  beside this, each rank's process takes about {_gb(CPU_PROCESS_BYTES)} (Python, torch, Ray)")
+    lines += list(_places(candidate))
+    return lines
+
+
+def to_json(report: PlanReport) -> dict[str, Any]:
+    """Plain JSON types with stable keys. Sizes in bytes, times in seconds."""
+    request = report.request
+    config = request.config
+    return {
+        "model": request.model,
+        "architecture": config.architecture,
+        "num_parameters": config.num_parameters,
+        "num_active_parameters": config.num_active_parameters,
+        "hardware": request.hardware.description,
+        "num_devices": request.hardware.num_devices,
+        "device": request.kind,
+        "dtype": request.compute_dtype,
+        "memory_utilization": request.memory_utilization,
+        "concurrency": request.concurrency,
+        "prompt_len": request.prompt_len,
+        "output_len": request.output_len,
+        "candidates": [_candidate_json(candidate) for candidate in report.candidates],
+        "chosen": _candidate_json(report.chosen) if report.chosen else None,
+        "placement": _placement_json(report.chosen) if report.chosen else None,
+        "inequality": None if report.chosen else report.candidates[0].reason,
+        "advice": list(report.advice),
+    }
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    plan, estimated = candidate.plan, candidate.estimate
+    return {
+        "tp": plan.tp,
+        "pp": plan.pp,
+        "dp": plan.dp,
+        "fits": candidate.fits,
+        "reason": candidate.reason,
+        "miss": candidate.miss,
+        "stages": [[span.start, span.stop] for span in plan.stages],
+        "weights_bytes_per_rank": [rank.weights for rank in candidate.ranks],
+        "tables_bytes_per_rank": [rank.tables for rank in candidate.ranks],
+        "kv_bytes_per_rank": [rank.kv_per_block * candidate.engine.num_blocks for rank in candidate.ranks],
+        "activation_bytes_per_rank": [rank.activations for rank in candidate.ranks],
+        "reserve_bytes_per_rank": [rank.reserve for rank in candidate.ranks],
+        "total_bytes_per_rank": [candidate.rank_bytes(rank.rank) for rank in candidate.ranks],
+        "usable_bytes": candidate.usable_bytes,
+        "kv_bytes_per_token": candidate.kv_bytes_per_token,
+        "kv_tokens": candidate.num_kv_tokens,
+        "num_blocks": candidate.engine.num_blocks,
+        "block_size": candidate.engine.block_size,
+        "max_model_len": candidate.engine.max_model_len,
+        "max_sequences": candidate.max_sequences,
+        "num_threads": candidate.num_threads,
+        "ttft_s": estimated.ttft if estimated else None,
+        "tpot_s": estimated.tpot if estimated else None,
+        "tokens_per_s": estimated.tokens_per_s if estimated else None,
+    }
+
+
+def _placement_json(candidate: Candidate) -> list[dict[str, Any]]:
+    nodes, plan = candidate.request.hardware.nodes, candidate.plan
+    return [
+        {
+            "replica": replica,
+            "stages": [
+                {
+                    "stage": stage,
+                    "layers": list(asdict(plan.stages[stage]).values()),
+                    "node": index,
+                    "node_name": nodes[index].name,
+                    "device": nodes[index].device.name,
+                    "ranks": list(range(stage * plan.tp, (stage + 1) * plan.tp)),
+                }
+                for stage, index in enumerate(places)
+            ],
+        }
+        for replica, places in enumerate(candidate.placement)
+    ]
+
+
+def _row(candidate: Candidate, report: PlanReport) -> tuple[str, ...]:
+    plan, estimated = candidate.plan, candidate.estimate
+    degrees = (str(plan.tp), str(plan.pp), str(plan.dp))
+    if not candidate.ranks:
+        return (*degrees, *["-"] * (len(HEADER) - 4), f"no: {candidate.reason}")
+    sizes = (
+        _gb(max(rank.weights for rank in candidate.ranks)),
+        f"{candidate.kv_bytes_per_token / 1e3:.1f} kB",
+        _gb(max(rank.activations for rank in candidate.ranks)),
+        _gb(max(rank.reserve for rank in candidate.ranks)),
+    )
+    if estimated is None:
+        return (*degrees, *sizes, "-", "-", "-", "-", "-", f"no: {candidate.reason}")
+    notes = [candidate.miss or "", "" if candidate.is_full_context else f"context {candidate.engine.max_model_len}"]
+    verdict = "chosen" if candidate is report.chosen else "fits"
+    return (
+        *degrees,
+        *sizes,
+        str(candidate.num_kv_tokens),
+        str(candidate.max_sequences),
+        f"{estimated.ttft * 1e3:.0f} ms",
+        f"{estimated.tpot * 1e3:.1f} ms",
+        f"{estimated.tokens_per_s:.0f}",
+        ", ".join([verdict, *filter(None, notes)]),
+    )
+
+
+def _aligned(table: list[tuple[str, ...]]) -> Iterator[str]:
+    """Columns to the right, the last one, which is prose, to the left."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for *cells, last in table:
+        yield "  ".join([*(cell.rjust(width) for cell, width in zip(cells, widths, strict=False)), last])
+
+
+def _sizes_by_name(candidate: Candidate, rank: int) -> dict[str, int]:
+    memory = candidate.ranks[rank]
+    return {
+        "weights": memory.weights,
+        "KV cache": memory.kv_per_block * candidate.engine.num_blocks,
+        "rotary tables": memory.tables,
+        "activations": memory.activations,
+        "reserve": memory.reserve,
+    }
+
+
+def _sizes(candidate: Candidate, rank: int) -> tuple[int, ...]:
+    return tuple(_sizes_by_name(candidate, rank).values())
+
+
+def _places(candidate: Candidate) -> Iterator[str]:
+    """Where replicas stand; neighbours on the same nodes are told together."""
+    nodes = candidate.request.hardware.nodes
+    for places, group in groupby(enumerate(candidate.placement), key=lambda pair: pair[1]):
+        members = [replica for replica, _ in group]
+        who = f"replica {members[0]}" if len(members) == 1 else f"replicas {members[0]} to {members[-1]}"
+        stages = [list(stages) for _, stages in groupby(range(len(places)), key=lambda stage: places[stage])]
+        where = [
+            f"{'stage' if len(own) == 1 else 'stages'} {_span(Span(own[0], own[-1] + 1))} on node {places[own[0]]}"
+            f" ({nodes[places[own[0]]].name or nodes[places[own[0]]].device.name})"
+            for own in stages
+        ]
+        yield f"  {who}: {', '.join(where)}"
+
+
+def _span(span: Span) -> str:
+    return str(span.start) if len(span) == 1 else f"{span.start} to {span.stop - 1}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.2f} GB"

@@ -1,0 +1,269 @@
+"""Does one division of a model fit, with how many blocks of KV cache, and how fast would it be?
+
+Turns degrees into a `Candidate`: places stages, divides layers, weighs ranks, and compares with the memory they share.
+A refusal is an inequality with its numbers. Which degrees are worth trying is `search`'s question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from qwen_ray.core.hardware import GB, GIB
+from qwen_ray.core.model_config import DTYPE_BYTES
+from qwen_ray.core.plan import EngineConfig, ParallelPlan, Span
+from qwen_ray.planner.candidate import Candidate, PlanRequest
+from qwen_ray.planner.cost import Estimate, Site, estimate
+from qwen_ray.planner.memory import RankMemory, num_layer_weights, rank_memory
+from qwen_ray.planner.placement import Replica, divide_layers, node_memory, place_on_cpus, place_on_gpus
+
+# A CPU node's memory belongs to others too: unless asked for more, KV caches take this much of it.
+CPU_KV_BYTES = 4 * GIB
+CPU_KV_FRACTION = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Memory that ranks share: one GPU, or a CPU node."""
+
+    name: str
+    num_bytes: int
+    usable: int
+    ranks: tuple[RankMemory, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """That fit beside the rest; negative when the rest alone does not."""
+        return (self.usable - self.needed(0)) // sum(rank.kv_per_block for rank in self.ranks)
+
+    def needed(self, num_blocks: int) -> int:
+        return sum(rank.total(num_blocks) for rank in self.ranks)
+
+
+def evaluate(request: PlanRequest, tp: int, pp: int) -> Candidate:
+    """The candidate of these degrees: placed and estimated, or with the reason why it cannot hold."""
+    config, nodes, kind = request.config, request.hardware.nodes, request.kind
+    plan = ParallelPlan.of(config, tp=tp, pp=pp, dp=request.dp or 1)
+    engine = EngineConfig(
+        num_blocks=0,
+        block_size=request.block_size,
+        max_model_len=request.max_model_len or request.context_limit,
+        max_num_seqs=request.max_num_seqs,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        max_num_waiting=request.max_num_waiting,
+        enable_prefix_caching=request.enable_prefix_caching,
+        depth=pp,
+    )
+    draft = Candidate(request=request, plan=plan, engine=engine)
+    if kind == "cpu":
+        replicas = place_on_cpus(nodes, pp=pp, dp=request.dp or max(1, len(nodes) // pp))
+    else:
+        replicas = place_on_gpus(nodes, tp=tp, pp=pp)
+    if len(replicas) < plan.dp:
+        return replace(draft, reason=_too_few_devices(request, tp, pp))
+
+    plan = replace(plan, stages=_divide(draft, replicas[0]))
+    draft = replace(draft, plan=plan, ranks=_weigh(request, plan, engine))
+    needed, contradiction = _needed_blocks(draft)
+    if contradiction:
+        return replace(draft, reason=contradiction)
+    pools = _pools_of_gpus(draft, replicas) if kind == "cuda" else _pools_of_nodes(draft, replicas)
+    # The replicas that have most room; on GPUs those that have too little are left out.
+    order = sorted(range(len(replicas)), key=lambda i: -pools[i].num_blocks)
+    kept = [i for i in order[: request.dp] if pools[i].num_blocks >= needed]
+    tightest = pools[kept[-1] if kept else order[0]]
+    draft = replace(draft, usable_bytes=tightest.usable, needed_bytes=tightest.needed(needed))
+    if len(kept) < plan.dp:
+        tightest = pools[order[plan.dp - 1]]
+        return replace(draft, reason=_inequality(request, tightest, needed))
+    return _accept(draft, tuple(replicas[i] for i in sorted(kept)), tightest, needed)
+
+
+def _weigh(request: PlanRequest, plan: ParallelPlan, engine: EngineConfig) -> tuple[RankMemory, ...]:
+    shards = plan.shards(request.config)
+    return tuple(rank_memory(request.config, s, request.compute_dtype, engine, request.kind) for s in shards)
+
+
+def _divide(draft: Candidate, replica: Replica) -> tuple[Span, ...]:
+    """Layers to stages by the room that embedding and head leave them; stages that share a CPU node get the same."""
+    request, even = draft.request, draft.plan
+    if even.pp == 1 or request.kind == "cpu":
+        return even.stages
+    room: list[int] = []
+    for stage, index in enumerate(replica):
+        shard = even.shard(request.config, stage * even.tp)
+        held = rank_memory(request.config, shard, request.compute_dtype, draft.engine, request.kind)
+        layers = num_layer_weights(request.config, shard) * DTYPE_BYTES[request.compute_dtype]
+        usable = request.hardware.nodes[index].device.memory_bytes * request.memory_utilization
+        room.append(int(usable) - held.fixed + layers)
+    return divide_layers(request.config.num_hidden_layers, room)
+
+
+def _needed_blocks(draft: Candidate) -> tuple[int, str | None]:
+    """The least number of blocks that will do, and why it contradicts what was asked for, if it does."""
+    request = draft.request
+    shortest = min(request.context_limit, request.prompt_len + request.output_len)
+    least = math.ceil((request.max_model_len or shortest) / request.block_size)
+    asked = _asked_blocks(draft)
+    if asked is None:
+        return least, None
+    if asked < (least if request.max_model_len else 1):
+        tokens = asked * request.block_size
+        return asked, f"max_model_len {request.max_model_len or 1} > {tokens} tokens of the KV cache that was asked for"
+    return asked, None
+
+
+def _asked_blocks(draft: Candidate) -> int | None:
+    request = draft.request
+    if request.num_blocks is None and request.kv_memory_bytes is not None:
+        return request.kv_memory_bytes // max(rank.kv_per_block for rank in draft.ranks)
+    return request.num_blocks
+
+
+def _pools_of_gpus(draft: Candidate, replicas: Sequence[Replica]) -> list[Pool]:
+    """For each replica, the GPU that has the least room for KV cache."""
+    request, tp = draft.request, draft.plan.tp
+    known: dict[tuple[str, ...], Pool] = {}
+    tightest: list[Pool] = []
+    for replica in replicas:
+        devices = [request.hardware.nodes[index].device for index in replica]
+        kinds = tuple(device.name for device in devices)
+        if kinds not in known:
+            pools = [
+                Pool(
+                    name=f"rank {rank.rank}'s {devices[rank.rank // tp].name}",
+                    num_bytes=devices[rank.rank // tp].memory_bytes,
+                    usable=int(devices[rank.rank // tp].memory_bytes * request.memory_utilization),
+                    ranks=(rank,),
+                )
+                for rank in draft.ranks
+            ]
+            known[kinds] = min(pools, key=lambda pool: pool.num_blocks)
+        tightest.append(known[kinds])
+    return tightest
+
+
+def _pools_of_nodes(draft: Candidate, replicas: Sequence[Replica]) -> list[Pool]:
+    """For each replica, the CPU node with the least room among those it stands on; replicas share nodes."""
+    request, tp = draft.request, draft.plan.tp
+    held: dict[int, list[RankMemory]] = {}
+    for replica in replicas:
+        for rank in draft.ranks:
+            held.setdefault(replica[rank.rank // tp], []).append(rank)
+    pools: dict[int, Pool] = {}
+    for index, ranks in held.items():
+        node = request.hardware.nodes[index]
+        pools[index] = Pool(
+            name=node.name or node.device.name,
+            num_bytes=node_memory(node),
+            usable=int(node_memory(node) * request.memory_utilization),
+            ranks=tuple(ranks),
+        )
+    return [min((pools[index] for index in replica), key=lambda pool: pool.num_blocks) for replica in replicas]
+
+
+def _accept(draft: Candidate, replicas: tuple[Replica, ...], tightest: Pool, needed: int) -> Candidate:
+    """A candidate that fits: its KV cache, context, threads and estimates decided."""
+    request = draft.request
+    num_blocks = _asked_blocks(draft) or tightest.num_blocks
+    if request.kind == "cpu" and _asked_blocks(draft) is None:
+        budget = min(CPU_KV_BYTES, int(CPU_KV_FRACTION * tightest.num_bytes))
+        modest = budget // sum(rank.kv_per_block for rank in tightest.ranks)
+        useful = request.max_num_seqs * math.ceil(draft.engine.max_model_len / request.block_size)
+        num_blocks = min(num_blocks, max(needed, min(modest, useful)))
+    context = min(draft.engine.max_model_len, num_blocks * request.block_size)
+    engine = replace(draft.engine, num_blocks=num_blocks, max_model_len=context)
+    plan = replace(draft.plan, dp=len(replicas))
+    fitted = replace(
+        draft,
+        plan=plan,
+        engine=engine,
+        ranks=_weigh(request, plan, engine),
+        placement=replicas,
+        num_threads=_threads(request, plan.tp, replicas),
+    )
+    fitted = replace(fitted, estimate=_estimate(fitted))
+    return replace(fitted, miss=_missed_aims(fitted))
+
+
+def _ranks_on(replicas: Sequence[Replica], tp: int) -> Counter[int]:
+    """How many ranks each node holds."""
+    return Counter({i: n * tp for i, n in Counter(i for replica in replicas for i in replica).items()})
+
+
+def _threads(request: PlanRequest, tp: int, replicas: Sequence[Replica]) -> int:
+    ranks = _ranks_on(replicas, tp)
+    return max(1, min(request.hardware.nodes[i].num_cores // n for i, n in ranks.items()))
+
+
+def _estimate(fitted: Candidate) -> Estimate:
+    """Of the slowest replica, for all of them."""
+    request, engine, plan = fitted.request, fitted.engine, fitted.plan
+    nodes, load = request.hardware.nodes, _ranks_on(fitted.placement, plan.tp)
+    output_len = min(request.output_len, max(1, engine.max_model_len // 2))
+    prompt_len = max(1, min(request.prompt_len, engine.max_model_len - output_len))
+    wanted = math.ceil(request.concurrency / plan.dp)
+    room = engine.num_kv_tokens // (prompt_len + output_len)
+    found: dict[tuple[object, ...], Estimate] = {}
+    for replica in fitted.placement:
+        sites = tuple(
+            Site(
+                node=nodes[i],
+                index=i,
+                ranks_per_device=max(1.0, load[i] / nodes[i].num_devices) if request.kind == "cpu" else 1.0,
+            )
+            for i in replica
+        )
+        hops = tuple(a == b for a, b in pairwise(replica))
+        key = (hops, *((site.node.device.name, site.ranks_per_device) for site in sites))
+        if key not in found:
+            found[key] = estimate(
+                request.config,
+                plan,
+                request.compute_dtype,
+                sites,
+                num_running=max(1, min(wanted, engine.max_num_seqs, room)),
+                prompt_len=prompt_len,
+                output_len=output_len,
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+            )
+    return max(found.values(), key=lambda e: e.tpot)
+
+
+def _missed_aims(fitted: Candidate) -> str | None:
+    estimated, slo = fitted.estimate, fitted.request.slo
+    if estimated is None:
+        return None
+    aims = (("TTFT", estimated.ttft, slo.ttft), ("TPOT", estimated.tpot, slo.tpot))
+    missed = [f"{name} {s * 1e3:.1f} ms > {aim * 1e3:.1f} ms" for name, s, aim in aims if aim is not None and s > aim]
+    return ", ".join(missed) or None
+
+
+def _too_few_devices(request: PlanRequest, tp: int, pp: int) -> str:
+    largest = max(node.num_devices for node in request.hardware.nodes)
+    if tp > largest:
+        return f"tp {tp} > {largest} devices of the largest node"
+    dp = request.dp or 1
+    total = f"{tp * pp * dp} devices > {request.hardware.num_devices}"
+    return f"tp {tp} x pp {pp} x dp {dp} = {total} in groups of {tp} on one node"
+
+
+def _inequality(request: PlanRequest, pool: Pool, num_blocks: int) -> str:
+    def gb(num_bytes: float) -> str:
+        return f"{num_bytes / GB:.2f} GB"
+
+    kv = sum(rank.kv_per_block for rank in pool.ranks) * num_blocks
+    parts = [
+        ("weights", sum(rank.weights for rank in pool.ranks)),
+        (f"KV cache {num_blocks * request.block_size} tokens", kv),
+        ("rotary tables", sum(rank.tables for rank in pool.ranks)),
+        ("activations", sum(rank.activations for rank in pool.ranks)),
+        ("reserve", sum(rank.reserve for rank in pool.ranks)),
+    ]
+    total = " + ".join(f"{name} {gb(size)}" for name, size in parts if size)
+    shared = f"{len(pool.ranks)} ranks on {pool.name}" if len(pool.ranks) > 1 else pool.name
+    limit = f"{gb(pool.usable)} usable of {shared} ({gb(pool.num_bytes)} x {request.memory_utilization:g})"
+    return f"{total} = {gb(pool.needed(num_blocks))} > {limit}"
