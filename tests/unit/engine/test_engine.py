@@ -1,0 +1,280 @@
+"""The loop: many requests at once over an executor that answers late, fails, and is repaired."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from qwen_ray.core.errors import ContextLengthExceeded, RankFailed
+from qwen_ray.core.plan import EngineConfig
+from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
+from qwen_ray.core.stats import RequestTimes, StepStats
+from qwen_ray.core.step import StepBatch
+from qwen_ray.engine.engine import Engine
+from tests.unit.engine.fake_ranks import POISON, FakeExecutor, alone
+
+CONFIG = EngineConfig(num_blocks=64, block_size=4, max_model_len=128, max_num_seqs=16, max_num_batched_tokens=48)
+
+
+class Owner:
+    """Whoever owns the requests: keeps their journals, and the engine to its word about ends."""
+
+    def __init__(self, config: EngineConfig, *, latency: int = 1) -> None:
+        self.config = config
+        self.executor = FakeExecutor(config, latency=latency)
+        self.requests: dict[str, GenerateRequest] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, TokenDelta] = {}
+        self.messages: list[list[TokenDelta]] = []
+        self.steps: list[StepStats] = []
+        self.times: list[RequestTimes] = []
+        self.on_token: Callable[[TokenDelta], None] = lambda _: None
+        self.has_crashed = False
+        self._changed = asyncio.Event()
+        self.engine = Engine(config, self.executor, self._take, self.steps.append, self.times.append)
+
+    def add(self, *requests: GenerateRequest) -> None:
+        for request in requests:
+            self.engine.add(request)
+            self.requests[request.request_id] = request
+            self.tokens[request.request_id] = []
+
+    def _take(self, deltas: list[TokenDelta]) -> None:
+        self.messages.append(deltas)
+        for delta in deltas:
+            assert delta.request_id not in self.ends, "a delta after the end"
+            self.tokens[delta.request_id] += delta.token_ids
+            if delta.finish_reason:
+                self.ends[delta.request_id] = delta
+        for delta in deltas:
+            self.on_token(delta)
+        self._changed.set()
+
+    async def _run(self) -> None:
+        try:
+            await self.engine.run()
+        except BaseException:
+            self.has_crashed = True
+            self._changed.set()
+            raise
+
+    async def all_ended(self) -> None:
+        while len(self.ends) < len(self.requests):
+            assert not self.has_crashed, "the engine's loop has ended"
+            self._changed.clear()
+            await self._changed.wait()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Owner]:
+        task = asyncio.ensure_future(self._run())
+        try:
+            yield self
+        finally:
+            self.engine.stop()
+            await task  # what crashed it says more than what the test missed
+
+    def check_ended(self) -> None:
+        for name, request in self.requests.items():
+            tokens, reason = alone(request, self.config)
+            tokens = tokens[len(request.output_token_ids) :]
+            if self.ends[name].finish_reason == "abort":
+                assert self.tokens[name] == tokens[: len(self.tokens[name])]
+            else:
+                assert (self.tokens[name], self.ends[name].finish_reason) == (tokens, reason)
+        stats = self.engine.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+        assert stats.output_tokens_total >= sum(map(len, self.tokens.values()))
+        assert len(self.times) == len(self.requests)
+        assert self.engine.stalled_seconds == 0.0
+
+
+def request(name: str, prompt: range | list[int], *, seed: int = 1, max_tokens: int = 12) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=name, prompt_token_ids=tuple(prompt), sampling=SamplingParams(max_tokens=max_tokens), seed=seed
+    )
+
+
+async def tokens_of(config: EngineConfig, wanted: GenerateRequest, *others: GenerateRequest) -> tuple[list[int], int]:
+    """What `wanted` gives among `others`, and how many preemptions it took."""
+    async with Owner(config).running() as owner:
+        owner.add(*others, wanted)
+        await owner.all_ended()
+        owner.check_ended()
+    return owner.tokens[wanted.request_id], owner.engine.stats().preemptions_total
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+async def test_64_streams_of_mixed_lengths_with_random_aborts(depth: int) -> None:
+    chance = random.Random(depth)
+    owner = Owner(replace(CONFIG, depth=depth), latency=3)
+    requests = [
+        replace(
+            request(
+                f"r{i}",
+                [*range(chance.choice([0, 0, 24])), *chance.choices(range(50), k=chance.randint(1, 60))],
+                seed=chance.choice([i + 100, i + 100, i + 100, POISON]),
+                max_tokens=chance.randint(1, 60),
+            ),
+            stop_token_ids=(0,),
+        )
+        for i in range(64)
+    ]
+
+    def abort_some(delta: TokenDelta) -> None:
+        if chance.random() < 0.02:
+            owner.engine.abort(chance.choice(requests).request_id)
+
+    owner.on_token = abort_some
+    async with owner.running():
+        for one in requests:
+            owner.add(one)
+            for _ in range(chance.choice([0, 0, 5])):
+                await asyncio.sleep(0)
+        await owner.all_ended()
+    owner.check_ended()
+    assert {"abort", "length", "stop", "error"} == {end.finish_reason for end in owner.ends.values()}
+    assert owner.engine.stats().preemptions_total > 0
+    assert owner.executor.max_inflight == depth
+
+
+async def test_the_same_seed_gives_the_same_tokens_whatever_happens_around_it() -> None:
+    wanted = replace(request("wanted", range(40), seed=42, max_tokens=30), arrival=9.0)
+    others = [replace(request(f"o{i}", [i], seed=i, max_tokens=40), arrival=1.0 + i) for i in range(31)]
+    expected, _ = await tokens_of(CONFIG, wanted)
+    assert len(expected) == 30
+
+    batched, preemptions = await tokens_of(replace(CONFIG, num_blocks=640, max_num_seqs=32), wanted, *others)
+    assert (batched, preemptions) == (expected, 0)
+
+    preempted, preemptions = await tokens_of(replace(CONFIG, num_blocks=18), wanted, *others[:2])
+    assert preempted == expected
+    assert preemptions > 0
+
+    async with Owner(CONFIG).running() as owner:
+        owner.add(request("before", range(40)))
+        await owner.all_ended()
+        owner.add(wanted)
+        await owner.all_ended()
+        assert owner.engine.stats().prefix_hits_total == 36
+        assert owner.tokens["wanted"] == expected
+
+
+async def test_a_prefix_hit_saves_the_work() -> None:
+    async with Owner(replace(CONFIG, num_blocks=640, max_model_len=2048)).running() as owner:
+        owner.add(request("first", [i % 50 for i in range(1000)], max_tokens=1))
+        await owner.all_ended()
+        assert owner.executor.ranks.num_computed_tokens == 1000
+        owner.add(request("second", [i % 50 for i in range(1000)], max_tokens=1))
+        await owner.all_ended()
+        assert owner.executor.ranks.num_computed_tokens == 1004
+        assert owner.ends["second"].num_cached_tokens == 996
+
+
+async def test_one_message_a_step() -> None:
+    async with Owner(CONFIG).running() as owner:
+        owner.add(*(request(f"r{i}", [i]) for i in range(8)))
+        await owner.all_ended()
+    assert len(owner.messages) == len(owner.steps) == 12
+    assert all(step.num_sequences == step.num_output_tokens == step.num_tokens == 8 for step in owner.steps)
+
+
+async def test_an_idle_engine_submits_nothing_and_wakes_up() -> None:
+    async with Owner(CONFIG).running() as owner:
+        for name in ("a", "b"):
+            for _ in range(20):
+                await asyncio.sleep(0)
+            num_steps = owner.engine.stats().steps_total
+            owner.add(request(name, [1], max_tokens=2))
+            await owner.all_ended()
+            assert owner.engine.stats().steps_total == num_steps + 2
+
+
+async def test_a_request_that_never_ran_ends_too() -> None:
+    owner = Owner(CONFIG)
+    owner.add(request("aborted", [1]), request("ended before", [1], max_tokens=1).resumed((3,)))
+    owner.engine.abort("aborted")
+    with pytest.raises(ContextLengthExceeded):
+        owner.engine.add(request("too long", range(128)))
+    async with owner.running():
+        await owner.all_ended()
+    assert {name: end.finish_reason for name, end in owner.ends.items()} == {
+        "aborted": "abort",
+        "ended before": "length",
+    }
+    assert owner.executor.ranks.batches == []
+    assert all(times.first_scheduled == times.first_token == 0.0 for times in owner.times)
+
+
+async def test_times_are_in_order() -> None:
+    async with Owner(CONFIG).running() as owner:
+        owner.add(request("a", range(5), max_tokens=3))
+        await owner.all_ended()
+    (times,) = owner.times
+    assert 0 < times.arrival <= times.first_scheduled <= times.first_token <= times.finished
+    assert (times.num_prompt_tokens, times.num_output_tokens, times.finish_reason) == (5, 3, "length")
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+async def test_a_failed_rank_costs_no_request(depth: int) -> None:
+    owner = Owner(replace(CONFIG, depth=depth, num_blocks=24), latency=2)
+    owner.add(*(request(f"r{i}", [*range(10), i], seed=i) for i in range(6)))
+    owner.executor.fail_at = {3, 7, 8}
+    num_failures = 0
+    while len(owner.ends) < 6:
+        run = asyncio.ensure_future(owner.engine.run())
+        ended = asyncio.ensure_future(owner.all_ended())
+        await asyncio.wait({run, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if run.done():
+            with pytest.raises(RankFailed, match="rank 1 failed: killed by the test"):
+                await run
+            num_failures += 1
+            stats = owner.engine.stats()
+            assert (stats.num_running, stats.num_used_blocks, stats.num_cached_blocks) == (0, 0, 0)
+            assert stats.num_waiting == 6 - len(owner.ends)
+            assert owner.engine.stalled_seconds > 0.0
+            owner.executor.ranks.restart()
+        else:
+            owner.engine.stop()
+            await run
+    owner.check_ended()
+    assert num_failures >= 2
+
+
+async def test_stop_keeps_sequences_and_run_goes_on() -> None:
+    owner = Owner(replace(CONFIG, depth=2), latency=2)
+    owner.add(*(request(f"r{i}", [i]) for i in range(4)))
+
+    def stop_at_once(batch: StepBatch) -> None:
+        owner.engine.stop()
+
+    owner.executor.on_submit = stop_at_once
+    for num_runs in range(1, 100):
+        await owner.engine.run()
+        assert owner.executor.num_inflight == 0
+        assert owner.engine.stats().steps_total == num_runs
+        if len(owner.ends) == 4:
+            break
+    owner.check_ended()
+
+
+async def test_cancelling_run_leaves_a_clean_engine() -> None:
+    owner = Owner(CONFIG, latency=1000)
+    owner.add(request("a", [1]))
+    submitted = asyncio.Event()
+    owner.executor.on_submit = lambda _: submitted.set()
+    run = asyncio.ensure_future(owner.engine.run())
+    await submitted.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    owner.executor.latency = 1
+    owner.executor.ranks.restart()
+    async with owner.running():
+        await owner.all_ended()
+    owner.check_ended()
