@@ -1,7 +1,8 @@
-"""What the ranks of one stage do together: add up, and gather to the first.
+"""What the ranks of one replica do together, whatever connects them.
 
-Knows tensors and peers. `Alone` is a stage of one rank; `Distributed` goes through torch.distributed (gloo, NCCL);
-`shared_memory.py` holds the fast one between ranks of one node.
+`TensorGroup`: the ranks that share the layers of a stage add up and gather. `Pipe`: hidden states go from a stage to
+the next. Here are those for one rank alone and for CUDA (NCCL through torch.distributed); `shared_memory.py` and
+`link.py` have those of CPU ranks. Every operation raises OSError or torch's DistBackendError when a peer is gone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class TensorGroup(Protocol):
     def size(self) -> int: ...
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, the same bits on each. Contiguous x may be overwritten: use what is returned."""
+        """The sum over all ranks, the same bits on each. x may be overwritten: use what is returned."""
         ...
 
     def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
@@ -26,14 +27,14 @@ class TensorGroup(Protocol):
         ...
 
     def abort(self) -> None:
-        """Make whoever waits in this group raise ConnectionError, now and from now on. From any thread."""
+        """Make every operation raise, also one that waits, here and on the peers, now and later. From any thread."""
         ...
 
     def close(self) -> None: ...
 
 
 class Alone:
-    """One rank: nothing to do."""
+    """A TensorGroup of one rank: nothing to do."""
 
     size = 1
 
@@ -55,7 +56,7 @@ class Pending(Protocol):
 
 
 class Connection(Protocol):
-    """The part that we use of torch's ProcessGroupGloo and ProcessGroupNCCL (torch's own stubs omit it)."""
+    """The part that we use of torch's ProcessGroupNCCL (torch's own stubs omit it)."""
 
     def rank(self) -> int: ...
     def size(self) -> int: ...
@@ -66,8 +67,8 @@ class Connection(Protocol):
     def shutdown(self) -> None: ...
 
 
-class Distributed:
-    """Ranks that only torch.distributed connects: several nodes, or devices with NCCL."""
+class Nccl:
+    """A TensorGroup of CUDA devices."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -75,6 +76,7 @@ class Distributed:
         self.size = connection.size()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
         self._connection.allreduce([x]).wait()
         return x
 
@@ -86,6 +88,41 @@ class Distributed:
         for peer, part in enumerate(parts[1:], start=1):
             self._connection.recv([part], peer, 0).wait()
         return torch.cat(parts, dim=-1)
+
+    def abort(self) -> None:
+        self._connection.abort()
+
+    def close(self) -> None:
+        self._connection.shutdown()
+
+
+class Pipe(Protocol):
+    """One end of the way from a stage to the next."""
+
+    def send(self, x: torch.Tensor) -> None:
+        """May return before x has arrived."""
+        ...
+
+    def receive(self, x: torch.Tensor) -> torch.Tensor:
+        """Fill contiguous x with what was sent next."""
+        ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NcclPipe:
+    def __init__(self, connection: Connection) -> None:
+        """Of two ranks: 0 sends, 1 receives."""
+        self._connection = connection
+
+    def send(self, x: torch.Tensor) -> None:
+        self._connection.send([x.contiguous()], 1, 0).wait()  # waits on the stream, not here
+
+    def receive(self, x: torch.Tensor) -> torch.Tensor:
+        self._connection.recv([x], 0, 0).wait()
+        return x
 
     def abort(self) -> None:
         self._connection.abort()

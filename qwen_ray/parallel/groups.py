@@ -1,32 +1,42 @@
 """The groups that one rank belongs to: its tensor peers, and its neighbours in the pipeline.
 
-Knows torch.distributed, and how ranks find each other. Knows no models. Everything is held in `Groups`: there is no
-default process group, so that one process may be a member of several.
+Knows how ranks find each other and which means of talking they have. Knows no models. Everything is held in `Groups`:
+there is no default process group, so that one process may be a member of several.
 """
 
 from __future__ import annotations
 
 import socket
 from datetime import timedelta
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from qwen_ray.core.plan import Rendezvous, Shard
-from qwen_ray.parallel.collectives import Alone, Connection, Distributed, Pending, TensorGroup
+from qwen_ray.parallel.collectives import Alone, Connection, Nccl, NcclPipe, Pipe, TensorGroup
+from qwen_ray.parallel.link import Listener, Star, connect
+from qwen_ray.parallel.shared_memory import SharedMemory
 
 
 class Groups:
-    """One rank's connections. A group of one rank has none, and all its operations are the identity."""
+    """One rank's connections. Every operation raises an error soon after a peer has died or called `abort`."""
 
-    def __init__(self, shard: Shard, device: torch.device, tensor: TensorGroup, world: Connection | None) -> None:
+    def __init__(
+        self,
+        tensor: TensorGroup,
+        *,
+        device: torch.device,
+        previous: Pipe | None = None,
+        following: Pipe | None = None,
+        store: Store | None = None,
+    ) -> None:
         self.tensor = tensor
-        self._shard = shard
         self._device = device
-        self._world = world
-        self._sending: tuple[Pending, torch.Tensor] | None = None
+        self._previous = previous
+        self._next = following
+        self._store = store  # NCCL comes back to it; and rank 0 serves it to the others
 
     @classmethod
     def join(cls, shard: Shard, rendezvous: Rendezvous, device: torch.device, *, timeout: float = 300.0) -> Groups:
@@ -35,65 +45,87 @@ class Groups:
         `timeout` in seconds bounds this and each later operation: a last resort, for peers that hang without dying.
         """
         if shard.world_size == 1:
-            return cls(shard, device, Alone(), None)
+            return cls(Alone(), device=device)
         host, _, port = rendezvous.address.rpartition(":")
-        limit = timedelta(seconds=timeout)
-        store = TCPStore(host.strip("[]"), int(port), is_master=shard.rank == 0, timeout=limit, wait_for_workers=False)
-        store = PrefixStore(rendezvous.name, store)
-        address = local_address(host.strip("[]"), int(port))
-        world = None
-        if shard.num_stages > 1:
-            world = connect(PrefixStore("world", store), shard.rank, shard.world_size, device, address, limit)
-        tensor: TensorGroup = Alone()
-        if shard.tp_size > 1:
-            own = PrefixStore(f"stage{shard.stage}", store)
-            tensor = Distributed(connect(own, shard.tp_rank, shard.tp_size, device, address, limit))
-        return cls(shard, device, tensor, world)
+        host = host.strip("[]")
+        store = TCPStore(
+            host,
+            int(port),
+            is_master=shard.rank == 0,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+        )
+        meeting = Meeting(shard, PrefixStore(rendezvous.name, store), local_address(host, int(port)), device, timeout)
+        previous, following = meeting.pipes()
+        return cls(meeting.tensor_group(), device=device, previous=previous, following=following, store=store)
 
     def send(self, x: torch.Tensor) -> None:
-        """Send x to the next stage. Returns before it has arrived: a stage goes on with its next step."""
-        assert self._world is not None
-        assert self._shard.next_rank is not None
-        if self._sending is not None:
-            self._sending[0].wait()
-        x = x.contiguous()
-        self._sending = (self._world.send([x], self._shard.next_rank, 0), x)
+        """Send x to the next stage; may return before it has arrived."""
+        assert self._next is not None, "the last stage sends to nobody"
+        self._next.send(x)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """What the previous stage sent next."""
-        assert self._world is not None
-        assert self._shard.previous_rank is not None
-        x = torch.empty(shape, dtype=dtype, device=self._device)
-        self._world.recv([x], self._shard.previous_rank, 0).wait()
-        return x
+        assert self._previous is not None, "the first stage receives from nobody"
+        return self._previous.receive(torch.empty(shape, dtype=dtype, device=self._device))
 
     def abort(self) -> None:
-        """Make every operation that waits raise, here and on the peers. From any thread; the group is then unusable."""
-        self.tensor.abort()
-        if self._world is not None:
-            self._world.abort()
+        """Make every operation raise, also one that waits, here and on the peers. From any thread, and for good."""
+        for part in (self.tensor, self._previous, self._next):
+            if part is not None:
+                part.abort()
 
     def close(self) -> None:
-        self.tensor.close()
-        if self._world is not None:
-            self._world.shutdown()
+        for part in (self.tensor, self._previous, self._next):
+            if part is not None:
+                part.close()
+        self._store = None
+
+
+class Meeting:
+    """The ranks of one replica getting to know each other, seen from one of them."""
+
+    def __init__(self, shard: Shard, store: Store, address: str, device: torch.device, timeout: float) -> None:
+        """`address`: where peers can reach this rank."""
+        self._shard = shard
+        self._store = store
+        self._address = address
+        self._device = device
+        self._timeout = timeout
+
+    def tensor_group(self) -> TensorGroup:
+        """NCCL between CUDA devices; on CPU shared memory, or TCP where there is none to share."""
+        rank, size = self._shard.tp_rank, self._shard.tp_size
+        if size == 1:
+            return Alone()
+        store = PrefixStore(f"stage{self._shard.stage}", self._store)
+        if self._device.type == "cuda":
+            return Nccl(self._nccl(store, rank, size))
+        shared = SharedMemory.join(store, rank, size, timeout=self._timeout)
+        return shared or Star.join(store, rank, size, self._address, self._timeout)
+
+    def pipes(self) -> tuple[Pipe | None, Pipe | None]:
+        """From the previous stage, and to the next."""
+        receives, sends = not self._shard.is_first, not self._shard.is_last
+        incoming, outgoing = f"to{self._shard.rank}", f"to{self._shard.next_rank}"
+        if self._device.type == "cuda":
+            # Stage by stage, so that both ends of a pair are made at the same time.
+            previous = NcclPipe(self._nccl(PrefixStore(incoming, self._store), 1, 2)) if receives else None
+            following = NcclPipe(self._nccl(PrefixStore(outgoing, self._store), 0, 2)) if sends else None
+            return previous, following
+        listener = Listener(self._store, incoming, self._address) if receives else None
+        following = connect(self._store, outgoing, self._timeout) if sends else None
+        return listener.accept(self._timeout) if listener else None, following
+
+    def _nccl(self, store: Store, rank: int, size: int) -> Connection:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self._timeout)
+        return cast(Connection, dist.ProcessGroupNCCL(store, rank, size, options))
 
 
 def local_address(host: str, port: int) -> str:
-    """This node's address on the network that leads to `host`: what peers can reach, loopback if host is."""
+    """This node's address on the network that leads to `host`; loopback if host is."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return probe.getsockname()[0]
-
-
-def connect(store: Store, rank: int, size: int, device: torch.device, address: str, timeout: timedelta) -> Connection:
-    """A process group of its own, bound to the interface of `address`; NCCL between CUDA devices, gloo otherwise."""
-    if device.type == "cuda":
-        nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        return cast(Connection, dist.ProcessGroupNCCL(store, rank, size, nccl))
-    gloo: Any = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-    gloo._timeout = timeout
-    gloo._devices = [ProcessGroupGloo.create_device(hostname=address)]
-    return cast(Connection, ProcessGroupGloo(store, rank, size, gloo))

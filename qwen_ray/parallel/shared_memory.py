@@ -1,0 +1,216 @@
+"""Sums and gathers between the ranks of one node, through memory that they share.
+
+Every rank has a slot: it writes its part there, raises its sequence number and waits for the others'. Slots are double,
+so that one such barrier per exchange is enough: to write exchange n, a rank needs the others to have written n - 1, and
+they wrote that after they had read n - 2, which lay in the same half. Sums run in rank order, so all ranks get the
+same bits.
+
+The segment has no name that could outlive its users: it is an anonymous file that peers open through /proc. Every rank
+holds a lock on one byte of it; the kernel drops it with the process, and so a death is noticed whatever the cause.
+
+Only for x86-64, whose stores become visible in the order in which they were made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import platform
+import secrets
+import struct
+import sys
+import time
+from itertools import islice
+
+import torch
+from torch._C._distributed_c10d import Store
+
+CAPACITY = 512 * 1024  # bytes of a slot's half: two slots fit a core's cache
+LINE = 128  # bytes: two cache lines, which the processor fetches together
+WORDS_PER_LINE = LINE // 8
+ABORTED = WORDS_PER_LINE  # index of the abort flag's word; the nonce has the line before it
+NONCE_BYTES = 16
+SPINS = 200  # about 20 microseconds; a peer that is running answers within them
+YIELD_SECONDS = 1e-3
+SLEEP_SECONDS = 50e-6
+ALIVE_SECONDS = 20e-3  # how often a sleeper looks whether its peers live
+
+
+class SharedMemory:
+    """A TensorGroup. Not thread-safe, `abort` excepted; raises OSError when a peer dies, hangs or aborts."""
+
+    def __init__(self, fd: int, rank: int, size: int, *, timeout: float, capacity: int) -> None:
+        self.size = size
+        self._fd = fd
+        self._rank = rank
+        self._timeout = timeout
+        self._capacity = capacity
+        self._sequence = 0
+        memory = mmap.mmap(fd, segment_bytes(size, capacity))
+        self._words = memoryview(memory)[: _header_bytes(size)].cast("Q")
+        self._own_word = _sequence_word(rank)
+        self._peers = [peer for peer in range(size) if peer != rank]
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._slots: dict[torch.dtype, torch.Tensor] = {}
+        _set_lock(fd, rank, fcntl.F_WRLCK)
+
+    @classmethod
+    def join(
+        cls, store: Store, rank: int, size: int, *, timeout: float, capacity: int = CAPACITY
+    ) -> SharedMemory | None:
+        """Meet the other ranks through `store`. None, on all of them, where they cannot share memory."""
+        own: SharedMemory | None = None
+        if rank == 0:
+            nonce = secrets.token_bytes(NONCE_BYTES)
+            fd = os.memfd_create("qwen-ray")
+            os.ftruncate(fd, segment_bytes(size, capacity))
+            os.pwrite(fd, nonce, 0)
+            store.set("segment", f"{os.getpid()} {fd} {nonce.hex()}")
+        else:
+            pid, number, nonce = store.get("segment").decode().split()
+            fd = _open(f"/proc/{pid}/fd/{number}", bytes.fromhex(nonce))
+        if fd is not None and sys.platform == "linux" and platform.machine() == "x86_64":
+            own = cls(fd, rank, size, timeout=timeout, capacity=capacity)
+        store.set(f"attached{rank}", "no" if own is None else "yes")
+        if all(store.get(f"attached{peer}") == b"yes" for peer in range(size)):
+            return own
+        if own is not None:
+            own.close()
+        return None
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1)
+        for piece in flat.split(self._capacity // x.itemsize):
+            slots = self._write(piece)
+            self._wait_for_all()
+            _add(slots[:, : piece.numel()], piece)
+        return flat.view(x.shape)
+
+    def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        num_rows, step = x.shape[0], self._capacity // x.itemsize
+        flat = x.reshape(-1)
+        parts = [x.new_empty(num_rows * size) for size in sizes] if self._rank == 0 else []
+        for start in range(0, num_rows * max(sizes), step):
+            slots = self._write(flat[start : start + step])
+            if self._rank == 0:
+                self._wait_for_all()
+                for part, slot in zip(parts, slots, strict=True):
+                    piece = part[start : start + step]
+                    piece.copy_(slot[: piece.numel()])
+        if self._rank != 0:
+            return None
+        return torch.cat([part.view(num_rows, -1) for part in parts], dim=-1)
+
+    def abort(self) -> None:
+        self._words[ABORTED] = 1
+
+    def close(self) -> None:
+        """Leave: to the peers it looks like a death. The memory goes with its last user."""
+        if self._fd >= 0:
+            _set_lock(self._fd, self._rank, fcntl.F_UNLCK)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write(self, piece: torch.Tensor) -> torch.Tensor:
+        """Show `piece` to the others as the next exchange; returns all ranks' slots of it, [size, elements]."""
+        self._wait_for_all()
+        self._sequence += 1
+        halves = self._slots.get(piece.dtype)
+        if halves is None:
+            data = self._memory[_header_bytes(self.size) :].view(piece.dtype)
+            halves = self._slots[piece.dtype] = data.view(2, self.size, self._capacity // piece.itemsize)
+        slots = halves[self._sequence & 1]
+        slots[self._rank, : piece.numel()].copy_(piece)
+        self._words[self._own_word] = self._sequence
+        return slots
+
+    def _wait_for_all(self) -> None:
+        """Until every peer has written what this rank wrote last."""
+        words, sequence = self._words, self._sequence
+        if words[ABORTED]:
+            raise ConnectionAbortedError("the group was aborted")
+        for peer in self._peers:
+            word = _sequence_word(peer)
+            for _ in range(SPINS):
+                if words[word] >= sequence:
+                    break
+            else:
+                self._wait_patiently(peer, word)
+
+    def _wait_patiently(self, peer: int, word: int) -> None:
+        """Give the core away: there may be more ranks than cores, and the peer may be waiting for this one."""
+        words, sequence = self._words, self._sequence
+        start = checked = time.monotonic()
+        while words[word] < sequence:
+            if words[ABORTED]:
+                raise ConnectionAbortedError("the group was aborted")
+            now = time.monotonic()
+            if now - start < YIELD_SECONDS:
+                os.sched_yield()
+                continue
+            time.sleep(SLEEP_SECONDS)
+            if now - checked > ALIVE_SECONDS:
+                checked = now
+                # It may have written and left since the loop looked.
+                if not _is_locked(self._fd, peer) and words[word] < sequence:
+                    raise ConnectionResetError(f"tensor rank {peer} died")
+            if now - start > self._timeout:
+                raise TimeoutError(f"tensor rank {peer} did not answer within {self._timeout:g} s")
+
+
+def segment_bytes(size: int, capacity: int) -> int:
+    return _header_bytes(size) + 2 * size * capacity
+
+
+def _header_bytes(size: int) -> int:
+    """Nonce, abort flag, sequence numbers: each on a line of its own."""
+    return -(-(2 + size) * LINE // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _sequence_word(rank: int) -> int:
+    return (2 + rank) * WORDS_PER_LINE
+
+
+def _add(slots: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum [size, n] over its rows, in order, into `out` [n]; short types are rounded once, at the end."""
+    if out.dtype is torch.float32 or slots.shape[0] == 2:
+        torch.add(slots[0], slots[1], out=out)
+        for slot in islice(slots, 2, None):
+            out.add_(slot)
+        return
+    total = slots[0].float()
+    for slot in islice(slots, 1, None):
+        total.add_(slot)
+    out.copy_(total)
+
+
+def _open(path: str, nonce: bytes) -> int | None:
+    """The peer's segment, or None: another node, another container, another user."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    # In another PID namespace the path may lead to a stranger's file.
+    try:
+        if os.pread(fd, NONCE_BYTES, 0) == nonce:
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+# struct flock of Linux on 64 bits: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def _set_lock(fd: int, byte: int, kind: int) -> None:
+    """Locks of the open file, not of the process: two ranks may share one."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    """Whether somebody else holds it."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK

@@ -1,0 +1,153 @@
+"""Processes that play ranks: started once, told what to do by the tests. Not a test itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.plan import ParallelPlan, Rendezvous, Shard, Span
+from qwen_ray.layers.batch import ForwardBatch
+from qwen_ray.models import registry
+from qwen_ray.parallel.groups import Groups
+
+BLOCK_SIZE = 4
+BLOCKS_PER_SEQUENCE = 8
+CPU = torch.device("cpu")
+
+
+class Ranks:
+    """Up to `count` processes; `run` calls one function on the first `world_size` of them at the same time."""
+
+    def __init__(self, count: int) -> None:
+        # A fork server imports torch once; a fork of this process would take its threads' locks along.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["qwen_ray.models.registry"])
+        self._members = []
+        for rank in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank), daemon=True)
+            process.start()
+            there.close()
+            self._members.append((process, here))
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(rank, *args)` on every rank; their answers, or AssertionError with a rank's traceback."""
+        members = self._members[:world_size]
+        for _, pipe in members:
+            pipe.send((function, args))
+        answers = []
+        for rank, (_, pipe) in enumerate(members):
+            assert pipe.poll(60), f"rank {rank} gave no answer within 60 s"
+            answers.append(pipe.recv())
+        for rank, (ok, answer) in enumerate(answers):
+            assert ok, f"rank {rank} failed:\n{answer}"
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process, pipe in self._members:
+            pipe.close()
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _serve(pipe: Connection, rank: int) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(rank, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+class Tensors:
+    """A Checkpoint of tensors in memory."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(
+        self, name: str, shape: tuple[int, ...], *, rows: Span | None = None, columns: Span | None = None
+    ) -> torch.Tensor:
+        tensor = self._tensors[name]
+        assert tuple(tensor.shape) == shape, f"{name} is {tuple(tensor.shape)}, asked for as {shape}"
+        if rows is not None:
+            tensor = tensor[rows.start : rows.stop]
+        if columns is not None:
+            tensor = tensor[:, columns.start : columns.stop]
+        return tensor.clone()
+
+
+Chunks = list[tuple[int, int, int]]  # (sequence, start, count)
+
+
+def make_batch(sequences: list[list[int]], chunks: Chunks, logit_rows: list[int]) -> ForwardBatch:
+    """Sequence s has the blocks s, s + S, s + 2 S, …: scattered."""
+    count = len(sequences)
+    tables = [[s + count * i for i in range(BLOCKS_PER_SEQUENCE)] for s, _, _ in chunks]
+    tokens = [t for s, start, n in chunks for t in sequences[s][start : start + n]]
+    positions = [p for _, start, n in chunks for p in range(start, start + n)]
+    slots = [
+        tables[row][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+        for row, (_, start, n) in enumerate(chunks)
+        for p in range(start, start + n)
+    ]
+    lens = tuple(n for _, _, n in chunks)
+    contexts = tuple(start + n for _, start, n in chunks)
+    return ForwardBatch(
+        token_ids=torch.tensor(tokens),
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        block_tables=torch.tensor(tables),
+        query_starts=torch.tensor([0, *lens]).cumsum(0),
+        context_lens=torch.tensor(contexts),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        query_lens_list=lens,
+        context_lens_list=contexts,
+    )
+
+
+def forward_steps(
+    rank: int,
+    config: ModelConfig,
+    plan: ParallelPlan,
+    address: str,
+    weights: str,
+    sequences: list[list[int]],
+    steps: list[tuple[Chunks, list[int]]],
+) -> tuple[int, list[torch.Tensor]]:
+    """One rank's life: join, load, run the steps. Returns its bytes and, where it samples, each step's logits."""
+    shard: Shard = plan.shard(config, rank)
+    rendezvous = Rendezvous(address=address, name=f"test{os.path.basename(weights)}")
+    groups = Groups.join(shard, rendezvous, CPU, timeout=30)
+    try:
+        model = registry.build(config, shard, groups, CPU, torch.float32, max_len=64)
+        model.load(Tensors(torch.load(weights, mmap=True)))
+        for attention in model.attentions:
+            shape = (len(sequences) * BLOCKS_PER_SEQUENCE, BLOCK_SIZE, attention.num_kv_heads, attention.head_dim)
+            # Not zeros: what is read without having been written must not go unnoticed.
+            attention.kv_cache = (torch.full(shape, float("nan")), torch.full(shape, float("nan")))
+        logits = [model(make_batch(sequences, chunks, rows)) for chunks, rows in steps]
+        assert all((step is not None) == shard.samples for step in logits)
+        return model.num_bytes, [step.clone() for step in logits if step is not None]
+    finally:
+        groups.close()
