@@ -1,0 +1,217 @@
+"""What processes observe, under the catalog's names. One recorder per process, each with a registry of its own.
+
+`Instruments` are the metrics that grow by observing; numbers that a process merely has (EngineStats, RankStats) become
+series when somebody collects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from qwen_ray.core.stats import EngineStats, RankStats, RequestTimes, StepStats
+from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Metric, Owner
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class Instruments:
+    """The observed metrics of one process: those of `owner` that are named in `names`. They show from the start."""
+
+    def __init__(self, registry: CollectorRegistry, owner: Owner, names: Iterable[str], process: Sequence[str]) -> None:
+        rows = {metric.name: metric for metric in BY_OWNER[owner]}
+        self._process = tuple(process)
+        self._metrics = {name: _instrument(rows[name], PROCESS_LABELS[owner], registry) for name in names}
+        # Looking a series up by its labels costs more than observing it.
+        self._series: dict[tuple[str, ...], Counter | Histogram] = {}
+        for name in self._metrics:
+            if not rows[name].labels:
+                self._one((name,))
+
+    def observe(self, name: str, value: float) -> None:
+        series = self._one((name,))
+        assert isinstance(series, Histogram)
+        series.observe(value)
+
+    def count(self, name: str, amount: float = 1, *labels: str) -> None:
+        series = self._one((name, *labels))
+        assert isinstance(series, Counter)
+        series.inc(amount)
+
+    def _one(self, key: tuple[str, ...]) -> Counter | Histogram:
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = self._metrics[key[0]].labels(*self._process, *key[1:])
+        return series
+
+
+def _instrument(row: Metric, process_labels: tuple[str, ...], registry: CollectorRegistry) -> Counter | Histogram:
+    labels = process_labels + row.labels
+    if row.kind == "histogram":
+        return Histogram(row.name, row.help, labels, registry=registry, buckets=row.buckets)
+    return Counter(row.name, row.help, labels, registry=registry)
+
+
+Values = Mapping[str, float | Mapping[tuple[str, ...], float]]  # name -> value, or labels -> value
+
+
+class Snapshot(Collector):
+    """Series made from numbers at the moment of collection."""
+
+    def __init__(self, owner: Owner, read: Callable[[], Iterable[tuple[Sequence[str], Values]]]) -> None:
+        self._owner: Owner = owner
+        self._read = read
+
+    def collect(self) -> Iterator[Family]:
+        rows = {metric.name: metric for metric in BY_OWNER[self._owner]}
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for process, values in self._read():
+            for name, value in values.items():
+                row = rows[name]
+                family = families.get(name)
+                if family is None:
+                    kind = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
+                    family = kind(row.name, row.help, labels=[*PROCESS_LABELS[self._owner], *row.labels])
+                    families[name] = family
+                for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+                    family.add_metric([*process, *labels], number)
+        yield from families.values()
+
+    def describe(self) -> Iterable[Family]:
+        """Nothing: asking now would read numbers before there are any."""
+        return ()
+
+
+class IngressRecorder:
+    """Sequences as the client sees them."""
+
+    def __init__(self, model: str, ingress: str) -> None:
+        self.registry = CollectorRegistry()
+        sampled = ("qwen_ray_open_sequences", "qwen_ray_replicas")
+        names = [metric.name for metric in BY_OWNER["ingress"] if metric.name not in sampled]
+        self._instruments = Instruments(self.registry, "ingress", names, (model, ingress))
+        for reason in FINISH_REASONS:
+            self._instruments.count("vllm:request_success_total", 0, reason)
+        self._process = (model, ingress)
+        self.registry.register(Snapshot("ingress", self._read))
+        self._state: Callable[[], tuple[int, Mapping[str, int]]] = lambda: (0, {})
+
+    def watch(self, state: Callable[[], tuple[int, Mapping[str, int]]]) -> None:
+        """`state` gives (open sequences, replicas by state) when somebody collects."""
+        self._state = state
+
+    def _read(self) -> Iterable[tuple[Sequence[str], Values]]:
+        open_sequences, replicas = self._state()
+        states = {"loading": 0, "ready": 0, "failed": 0, **replicas}
+        by_state = {(state,): float(count) for state, count in states.items()}
+        yield self._process, {"qwen_ray_open_sequences": open_sequences, "qwen_ray_replicas": by_state}
+
+    def http_request(self, route: str, status: int) -> None:
+        self._instruments.count("qwen_ray_http_requests_total", 1, route, str(status))
+
+    def dispatched(self, seconds: float) -> None:
+        self._instruments.observe("qwen_ray_ingress_seconds", seconds)
+
+    def hand_over(self) -> None:
+        self._instruments.count("qwen_ray_hand_overs_total")
+
+    def first_tokens(self, seconds: float, num_prompt_tokens: int, num_tokens: int) -> None:
+        self._instruments.observe("vllm:time_to_first_token_seconds", seconds)
+        self._instruments.count("vllm:prompt_tokens_total", num_prompt_tokens)
+        self._instruments.count("vllm:generation_tokens_total", num_tokens)
+
+    def next_tokens(self, seconds: float, num_tokens: int) -> None:
+        """`num_tokens` that came together, `seconds` after the ones before."""
+        for _ in range(num_tokens):
+            self._instruments.observe("vllm:inter_token_latency_seconds", seconds / num_tokens)
+        self._instruments.count("vllm:generation_tokens_total", num_tokens)
+
+    def finished(self, times: RequestTimes) -> None:
+        """Of one sequence, as the ingress saw it: `first_scheduled` is when it was handed to a replica."""
+        observe = self._instruments.observe
+        self._instruments.count("vllm:request_success_total", 1, times.finish_reason)
+        observe("vllm:e2e_request_latency_seconds", times.finished - times.arrival)
+        observe("qwen_ray_replica_seconds", times.finished - times.first_scheduled)
+        observe("vllm:request_prompt_tokens", times.num_prompt_tokens)
+        observe("vllm:request_generation_tokens", times.num_output_tokens)
+        if times.num_output_tokens > 1:
+            per_token = (times.finished - times.first_token) / (times.num_output_tokens - 1)
+            observe("vllm:request_time_per_output_token_seconds", per_token)
+
+
+class ReplicaRecorder:
+    """An engine's steps and sequences, and, when collected, its numbers and its ranks'."""
+
+    def __init__(self, model: str, replica: str) -> None:
+        self.registry = CollectorRegistry()
+        self._process = (model, replica)
+        self.engine = EngineStats()
+        self.ranks: Sequence[RankStats] = ()
+        self.load_seconds = 0.0
+        self.num_restarts = 0
+        names = [metric.name for metric in BY_OWNER["replica"] if metric.kind == "histogram"]
+        self._instruments = Instruments(self.registry, "replica", names, self._process)
+        self.registry.register(Snapshot("replica", lambda: [(self._process, self._engine_values())]))
+        self.registry.register(Snapshot("rank", self._rank_values))
+
+    def step(self, stats: StepStats) -> None:
+        observe = self._instruments.observe
+        observe("vllm:iteration_tokens_total", stats.num_tokens)
+        observe("qwen_ray_step_sequences", stats.num_sequences)
+        observe("qwen_ray_step_seconds", stats.step_seconds)
+        observe("qwen_ray_step_schedule_seconds", stats.schedule_seconds)
+        observe("qwen_ray_step_transport_seconds", max(0.0, stats.step_seconds - stats.rank_seconds))
+
+    def finished(self, times: RequestTimes) -> None:
+        if not times.first_scheduled:  # ended in the queue
+            return
+        observe = self._instruments.observe
+        observe("vllm:request_queue_time_seconds", times.first_scheduled - times.arrival)
+        observe("vllm:request_inference_time_seconds", times.finished - times.first_scheduled)
+        if times.first_token:
+            observe("vllm:request_prefill_time_seconds", times.first_token - times.first_scheduled)
+            observe("vllm:request_decode_time_seconds", times.finished - times.first_token)
+
+    def _engine_values(self) -> Values:
+        engine = self.engine
+        return {
+            "vllm:num_requests_running": engine.num_running,
+            "vllm:num_requests_waiting": engine.num_waiting,
+            "vllm:kv_cache_usage_perc": engine.kv_usage,
+            "vllm:prefix_cache_queries_total": engine.prefix_queries_total,
+            "vllm:prefix_cache_hits_total": engine.prefix_hits_total,
+            "vllm:num_preemptions_total": engine.preemptions_total,
+            "vllm:cache_config_info": {(str(engine.block_size), str(engine.num_blocks)): 1.0},
+            "qwen_ray_waiting_tokens": engine.num_waiting_tokens,
+            "qwen_ray_kv_blocks": {
+                ("total",): engine.num_blocks,
+                ("used",): engine.num_used_blocks,
+                ("cached",): engine.num_cached_blocks,
+            },
+            "qwen_ray_computed_prompt_tokens_total": engine.prompt_tokens_total,
+            "qwen_ray_sampled_tokens_total": engine.output_tokens_total,
+            "qwen_ray_steps_total": engine.steps_total,
+            "qwen_ray_load_seconds": self.load_seconds,
+            "qwen_ray_replica_restarts_total": self.num_restarts,
+        }
+
+    def _rank_values(self) -> Iterable[tuple[Sequence[str], Values]]:
+        for rank in self.ranks:
+            yield (
+                (*self._process, str(rank.rank), str(rank.stage), str(rank.tp_rank)),
+                {
+                    "qwen_ray_rank_steps_total": rank.num_steps,
+                    "qwen_ray_rank_tokens_total": rank.num_tokens,
+                    "qwen_ray_rank_step_seconds_total": rank.step_seconds,
+                    "qwen_ray_rank_memory_bytes": rank.memory_bytes,
+                    "qwen_ray_rank_weights_bytes": rank.weights_bytes,
+                    "qwen_ray_rank_kv_bytes": rank.kv_bytes,
+                    "qwen_ray_rank_read_bytes": rank.bytes_read,
+                    "qwen_ray_rank_load_seconds": rank.load_seconds,
+                    "qwen_ray_rank_loads_total": rank.num_loads,
+                },
+            )

@@ -1,0 +1,133 @@
+"""`build(settings)`: the one place where all parts meet. Also what a Serve config names as its import path.
+
+    qwen_ray.serving.app:build      with the settings file's content as `args`
+
+Everything that can be refused is refused here, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import ray
+from ray import serve
+
+from qwen_ray.cluster.inventory import hardware
+from qwen_ray.config import ModelSettings, PlanSettings, Settings
+from qwen_ray.core.errors import SettingsError
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.plan import ReplicaSpec
+from qwen_ray.planner.candidate import PlanRequest, Slo
+from qwen_ray.planner.search import plan
+from qwen_ray.serving.generation import Model
+from qwen_ray.serving.ingress import Ingress
+from qwen_ray.serving.replica import Replica
+from qwen_ray.source.config_file import load_config
+from qwen_ray.source.resolve import resolve
+
+APP = "qwen-ray"
+
+# Tokens of presence in Ray's count of CPUs, as for ranks: how cores are shared is the planner's arithmetic.
+DEPLOYMENT_CPUS = 0.1
+MAX_ONGOING_REQUESTS = 10_000  # Serve does not limit; the engine's queue does, with 429
+
+
+def build(settings: Settings | dict[str, Any]) -> serve.Application:
+    """The Serve application for `settings`. Ray must be up; `source` may be fetched here, on this node.
+
+    Raises SettingsError, SourceError, CheckpointError, PlanRefused.
+    """
+    settings = settings if isinstance(settings, Settings) else Settings.from_dict(settings)
+    model = _one_model(settings)
+    spec = replica_spec(settings)
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=settings.http.num_ingress,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": DEPLOYMENT_CPUS},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+    )(Ingress)
+    replica = serve.deployment(
+        name="Replica",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": DEPLOYMENT_CPUS},
+        autoscaling_config=autoscaling_config(model),
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        # No request goes through Serve's handles, so there is none to wait for: ingresses hand over.
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=8,
+    )(Replica)
+    replicas = replica.bind(spec, APP)
+    return ingress.bind(served_model(model, spec), spec.path, APP, settings.http.max_body_bytes, replicas)
+
+
+def replica_spec(settings: Settings) -> ReplicaSpec:
+    """What every replica of the one model is told, planned for the cluster that Ray is connected to."""
+    model = _one_model(settings)
+    path = resolve(model.source, settings.cache_dir, revision=model.revision)
+    request = plan_request(settings, model, load_config(path))
+    return plan(request).require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
+
+
+def plan_request(settings: Settings, model: ModelSettings, config: ModelConfig) -> PlanRequest:
+    degrees = model.plan if isinstance(model.plan, PlanSettings) else PlanSettings()
+    engine = settings.engine
+    return PlanRequest(
+        config=config,
+        hardware=hardware(ray.nodes()),
+        model=model.name,
+        dtype=None if model.dtype == "auto" else model.dtype,
+        tp=degrees.tp,
+        pp=degrees.pp,
+        dp=model.replicas.max,
+        max_model_len=model.max_model_len,
+        slo=Slo(ttft=model.slo.ttft, tpot=model.slo.tpot),
+        memory_utilization=engine.gpu_memory_utilization,
+        kv_memory_bytes=engine.kv_cache_memory,
+        block_size=engine.block_size,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_waiting=engine.max_num_waiting,
+        enable_prefix_caching=engine.enable_prefix_caching,
+    )
+
+
+def served_model(model: ModelSettings, spec: ReplicaSpec) -> Model:
+    described = f"{spec.path} {spec.dtype} {spec.plan} {spec.engine}"
+    return Model(
+        name=spec.name,
+        source=model.source,
+        created=int(time.time()),
+        fingerprint=f"fp_{hashlib.sha256(described.encode()).hexdigest()[:10]}",
+        vocab_size=spec.config.vocab_size,
+        max_model_len=spec.engine.max_model_len,
+        eos_token_ids=spec.config.eos_token_ids,
+    )
+
+
+def autoscaling_config(model: ModelSettings) -> dict[str, Any]:
+    """Serve's autoscaling with our policy. Up after 10 s of need, down after 5 minutes without."""
+    return {
+        "min_replicas": model.replicas.min,
+        "max_replicas": model.replicas.max,
+        "initial_replicas": model.replicas.min,
+        "policy": {"policy_function": "qwen_ray.serving.autoscaling:decide"},
+        "metrics_interval_s": 1.0,
+        "look_back_period_s": 5.0,
+        "upscale_delay_s": 10.0,
+        "downscale_delay_s": 300.0,
+    }
+
+
+def _one_model(settings: Settings) -> ModelSettings:
+    model, *others = settings.models
+    if others:
+        names = ", ".join(model.name for model in settings.models)
+        raise SettingsError(
+            f"models: one model is served for now, got {len(settings.models)}: {names}.", field="models"
+        )
+    return model

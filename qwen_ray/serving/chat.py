@@ -1,0 +1,147 @@
+"""/v1/chat/completions: a conversation to a prompt, pieces to messages and chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from qwen_ray.core.errors import InvalidRequest
+from qwen_ray.core.request import SamplingParams, TokenLogprobs
+from qwen_ray.serving import schema
+from qwen_ray.serving.answer import prompt_logprobs, stream_response, token_logprobs, usage
+from qwen_ray.serving.choice import Piece
+from qwen_ray.serving.generation import Generation, Generator, new_id
+from qwen_ray.serving.sse import EventStream, event, unless_gone
+
+
+async def create(
+    body: schema.ChatRequest, request: Request, generator: Generator, arrival: float
+) -> schema.ChatCompletion | EventStream:
+    """`arrival` in seconds since the epoch. Raises RequestError, ClientGone."""
+    sampling = _sampling(body)
+    prompt = await generator.encode_chat(
+        [message.to_template() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        variables=body.chat_template_kwargs,
+    )
+    chat = _Chat(body=body, generator=generator, id=new_id("chatcmpl"), created=int(arrival))
+    generation = generator.start(chat.id, [prompt], sampling, param="messages", arrival=arrival, priority=body.priority)
+    if body.stream:
+        return await stream_response(request, chat.events(generation))
+    return await unless_gone(request, chat.whole(generation))
+
+
+def _sampling(body: schema.ChatRequest) -> SamplingParams:
+    """Names of fields in errors are those that the client wrote."""
+    is_new_name = body.max_completion_tokens is not None
+    try:
+        return body.sampling(
+            max_tokens=body.max_completion_tokens if is_new_name else body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+    except InvalidRequest as error:
+        names = {"logprobs": "top_logprobs"} | ({"max_tokens": "max_completion_tokens"} if is_new_name else {})
+        if error.param not in names:
+            raise
+        name = names[error.param]
+        raise InvalidRequest(error.message.replace(error.param, name, 1), param=name, code=error.code) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chat:
+    body: schema.ChatRequest
+    generator: Generator
+    id: str
+    created: int
+
+    async def whole(self, generation: Generation) -> schema.ChatCompletion:
+        texts = [""] * len(generation.choices)
+        logprobs: list[list[schema.TokenLogprob]] = [[] for _ in texts]
+        last: list[Piece | None] = [None] * len(texts)
+        of_prompt: tuple[TokenLogprobs, ...] = ()
+        async with aclosing(generation.pieces()) as steps:
+            async for pieces in steps:
+                for piece in pieces:
+                    texts[piece.index] += piece.text
+                    logprobs[piece.index] += self._logprobs(piece)
+                    of_prompt = of_prompt or piece.prompt_logprobs
+                    last[piece.index] = piece
+        choices = [
+            schema.ChatChoice(
+                index=piece.index,
+                message=schema.AnswerMessage(content=texts[piece.index]),
+                logprobs=schema.ChatLogprobs(content=logprobs[piece.index]) if self.body.logprobs else None,
+                finish_reason=piece.finish_reason or "stop",
+                stop_reason=piece.stop_reason,
+            )
+            for piece in last
+            if piece is not None
+        ]
+        tokenizer = self.generator.tokenizer
+        return schema.ChatCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.generator.model.name,
+            choices=choices,
+            usage=usage(generation),
+            system_fingerprint=self.generator.model.fingerprint,
+            prompt_logprobs=prompt_logprobs(of_prompt, tokenizer) if self.body.prompt_logprobs is not None else None,
+        )
+
+    async def events(self, generation: Generation) -> AsyncGenerator[bytes]:
+        opened: set[int] = set()
+        async with aclosing(generation.pieces()) as steps:
+            async for pieces in steps:
+                data = b""
+                for piece in pieces:
+                    if piece.index not in opened:
+                        opened.add(piece.index)
+                        delta = {"role": "assistant", "content": "", "refusal": None}
+                        data += self._chunk(piece.index, delta, first=piece)
+                    if piece.text or piece.logprobs:
+                        data += self._chunk(piece.index, {"content": piece.text}, logprobs=self._logprobs(piece))
+                    if piece.finish_reason is not None:
+                        data += self._chunk(piece.index, {}, last=piece)
+                if data:
+                    yield data
+        if self.body.includes_usage:
+            yield event({**self._head(), "choices": [], "usage": usage(generation).model_dump()})
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.generator.model.name,
+            "system_fingerprint": self.generator.model.fingerprint,
+        }
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        *,
+        logprobs: list[schema.TokenLogprob] | None = None,
+        first: Piece | None = None,
+        last: Piece | None = None,
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        if logprobs:
+            choice["logprobs"] = {"content": [entry.model_dump() for entry in logprobs], "refusal": None}
+        if last is not None:
+            choice |= {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
+        chunk = {**self._head(), "choices": [choice]}
+        if first is not None and self.body.prompt_logprobs is not None:
+            chunk["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, self.generator.tokenizer)
+        if self.body.includes_usage:
+            chunk["usage"] = None
+        return event(chunk)
+
+    def _logprobs(self, piece: Piece) -> list[schema.TokenLogprob]:
+        if not self.body.logprobs:
+            return []
+        return token_logprobs(piece.logprobs, self.body.top_logprobs or 0, self.generator.tokenizer)

@@ -1,0 +1,83 @@
+"""One sequence's tokens on their way to text: detokenizer, stop strings, and what a client wants to know of each token.
+
+Knows one choice of one answer; nothing of JSON or of other choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_ray.core.request import GenerateRequest, TokenDelta, TokenLogprobs
+from qwen_ray.text.detokenizer import IncrementalDetokenizer
+from qwen_ray.text.stop import StopMatcher
+from qwen_ray.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What a choice gains. `text` may be empty; `stop_reason` is the stop string or token id that ended it."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Choice:
+    """`push` every delta of the sequence, in order; nothing is to be pushed after a piece with a finish reason."""
+
+    def __init__(self, index: int, request: GenerateRequest, stops: tuple[str, ...], tokenizer: Tokenizer) -> None:
+        sampling = request.sampling
+        self.index = index
+        self.request = request
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finish_reason: str | None = None
+        self._keeps_stop = sampling.include_stop_str_in_output
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            skip_special_tokens=sampling.skip_special_tokens,
+            prompt_token_ids=request.prompt_token_ids,
+        )
+        self._matcher = StopMatcher(stops, include=self._keeps_stop)
+        self._min_tokens = sampling.min_tokens
+
+    def push(self, delta: TokenDelta) -> Piece:
+        text = ""
+        count = 0
+        last = len(delta.token_ids) - 1
+        for i, token_id in enumerate(delta.token_ids):
+            count += 1
+            is_stop_token = i == last and delta.stop_token_id is not None
+            if not is_stop_token or self._keeps_stop:
+                text += self._add(token_id)
+            if self._matcher.matched is not None:
+                break
+        self.num_tokens += count
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        stop_reason: int | str | None = self._matcher.matched
+        if stop_reason is not None:
+            self.finish_reason = "stop"
+        elif delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            text += self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+            if delta.stop_token_id in self.request.sampling.stop_token_ids:
+                stop_reason = delta.stop_token_id
+        return Piece(
+            index=self.index,
+            text=text,
+            token_ids=delta.token_ids[:count],
+            logprobs=delta.logprobs[:count],
+            prompt_logprobs=delta.prompt_logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=stop_reason,
+        )
+
+    def _add(self, token_id: int) -> str:
+        text = self._detokenizer.push((token_id,))
+        # Until min_tokens are out, no stop string may end it (as in vLLM, none that began before counts).
+        self._min_tokens -= 1
+        return text if self._min_tokens >= 0 else self._matcher.push(text)

@@ -1,0 +1,106 @@
+"""All processes of an application, asked for their metrics and their state by one ingress.
+
+Knows how to ask and how long to wait; whoever does not answer in time is left out, so that one stuck replica never
+hides the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+from qwen_ray.cluster.channel import Channel
+from qwen_ray.cluster.directory import Entry
+from qwen_ray.cluster.wire import ChannelClosed
+from qwen_ray.metrics.exporter import exposition, merge
+from qwen_ray.metrics.recorder import IngressRecorder
+from qwen_ray.serving.dispatch import Dispatcher
+from qwen_ray.serving.link import Link
+from qwen_ray.serving.messages import Answer, Ask
+
+logger = logging.getLogger(__name__)
+
+ASK_SECONDS = 2.0
+
+
+class Fleet:
+    def __init__(
+        self,
+        ingress: str,
+        dispatcher: Dispatcher,
+        recorder: IngressRecorder,
+        find_ingresses: Callable[[], Awaitable[list[Entry]]],
+        connect: Callable[[Entry], Awaitable[Channel[Any]]],
+    ) -> None:
+        self._ingress = ingress
+        self._dispatcher = dispatcher
+        self._recorder = recorder
+        self._find_ingresses = find_ingresses
+        self._connect = connect
+
+    async def metrics(self) -> str:
+        """One exposition of every ingress, replica and rank."""
+        others = [entry for entry in await self._ingresses() if entry.id != self._ingress]
+        texts = await asyncio.gather(
+            *(self._replica_metrics(link) for link in self._dispatcher.links),
+            *(self._ingress_metrics(entry) for entry in others),
+        )
+        return merge([exposition(self._recorder.registry), *texts])
+
+    async def status(self) -> dict[str, Any]:
+        """Ingresses, replicas and their ranks as plain JSON."""
+        replicas = await asyncio.gather(*(self._replica_status(link) for link in self._dispatcher.links))
+        ingresses = [{"id": entry.id, "address": entry.address} for entry in await self._ingresses()]
+        return {"ingresses": ingresses, "replicas": sorted(replicas, key=lambda replica: replica["replica"])}
+
+    async def handle(self, channel: Channel[Any]) -> None:
+        """Another ingress, which asks for this one's own metrics. A Listener's handler."""
+        async for message in channel:
+            if isinstance(message, Ask):
+                channel.send(Answer(ask_id=message.ask_id, metrics=exposition(self._recorder.registry)))
+
+    async def _ingresses(self) -> list[Entry]:
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                return await self._find_ingresses()
+        except Exception as error:  # the GCS is away: Ray's own errors, of several kinds
+            logger.warning("directory not readable: %s", error)
+            return []
+
+    async def _replica_metrics(self, link: Link) -> str:
+        try:
+            return (await link.ask("metrics", seconds=ASK_SECONDS)).metrics
+        except ChannelClosed as error:
+            logger.warning("no metrics from %s: %s", link.replica, error)
+            return ""
+
+    async def _replica_status(self, link: Link) -> dict[str, Any]:
+        """What it says now, or what it said last."""
+        ranks: list[dict[str, Any]] = []
+        status = link.status
+        try:
+            answer = await link.ask("status", seconds=ASK_SECONDS)
+            status, ranks = answer.status, [asdict(rank) for rank in answer.ranks]
+        except ChannelClosed as error:
+            logger.warning("no status from %s: %s", link.replica, error)
+        if status is None:
+            return {"replica": link.replica, "state": "unknown", "engine": None, "ranks": ranks}
+        engine = {**asdict(status.engine), "kv_usage": status.engine.kv_usage} if status.engine else None
+        return {**asdict(status), "engine": engine, "ranks": ranks}
+
+    async def _ingress_metrics(self, entry: Entry) -> str:
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                channel = await self._connect(entry)
+                try:
+                    channel.send(Ask(ask_id=0, what="metrics"))
+                    answer = await anext(channel, None)
+                finally:
+                    channel.close()
+        except (ChannelClosed, TimeoutError) as error:
+            logger.warning("no metrics from ingress %s: %s", entry.id, error)
+            return ""
+        return answer.metrics if isinstance(answer, Answer) else ""

@@ -1,0 +1,231 @@
+"""From a prompt to pieces of text: what chat and completions have in common.
+
+`Model` is what is served. `Generator` makes requests out of prompts and starts them; a `Generation` is one HTTP
+request's choices while they grow. Knows nothing of JSON, routes or replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestError
+from qwen_ray.core.request import GenerateRequest, SamplingParams
+from qwen_ray.core.stats import RequestTimes
+from qwen_ray.metrics.recorder import IngressRecorder
+from qwen_ray.serving.choice import Choice, Piece
+from qwen_ray.serving.dispatch import Dispatcher
+from qwen_ray.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# Text longer than this is tokenized in a thread: beside the loop it delays nobody's stream.
+MAX_CHARACTERS_ON_LOOP = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What clients are told about the model that is served."""
+
+    name: str
+    source: str
+    created: int  # seconds since the epoch
+    fingerprint: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Generation:
+    """One HTTP request's choices, `n` for each prompt: choice `index` belongs to prompt `index // n`."""
+
+    def __init__(self, choices: list[Choice], n: int, dispatcher: Dispatcher, recorder: IngressRecorder) -> None:
+        self.choices = choices
+        self._firsts = choices[::n]  # of each prompt
+        self._by_id = {choice.request.request_id: choice for choice in choices}
+        self._dispatcher = dispatcher
+        self._recorder = recorder
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counted once."""
+        return sum(len(choice.request.prompt_token_ids) for choice in self._firsts)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the first choice of each prompt: the others hit what it has computed."""
+        return sum(choice.num_cached_tokens for choice in self._firsts)
+
+    async def pieces(self) -> AsyncGenerator[list[Piece]]:
+        """Until every choice has finished; what is left is aborted when the iterator is closed.
+
+        Raises RequestError. Before the first item nothing has been shown, so it can still be an HTTP status.
+        """
+        clock = _Clock(self._recorder, self.choices)
+        try:
+            with self._dispatcher.open([choice.request for choice in self.choices]) as stream:
+                clock.dispatched()
+                while stream.is_open:
+                    pieces: list[Piece] = []
+                    for request_id, delta in await stream.take():
+                        choice = self._by_id[request_id]
+                        if choice.finish_reason is None:
+                            pieces.append(choice.push(delta))
+                            clock.took(choice, len(pieces[-1].token_ids))
+                        if choice.finish_reason is not None:
+                            stream.drop(request_id)
+                    yield pieces
+        except RequestError:
+            clock.ended("error")
+            raise
+        finally:
+            clock.ended("abort")
+
+
+class _Clock:
+    """When each choice was where, told to the recorder; every choice ends once."""
+
+    def __init__(self, recorder: IngressRecorder, choices: Iterable[Choice]) -> None:
+        self._recorder = recorder
+        self._submitted = 0.0
+        self._first: dict[Choice, float] = {}
+        self._last: dict[Choice, float] = {}
+        self._open = dict.fromkeys(choices)  # a set that keeps its order
+
+    def dispatched(self) -> None:
+        self._submitted = time.time()
+        arrival = next(iter(self._open)).request.arrival
+        self._recorder.dispatched(self._submitted - arrival)
+
+    def took(self, choice: Choice, num_tokens: int) -> None:
+        now = time.time()
+        if num_tokens and choice not in self._first:
+            self._first[choice] = now
+            num_prompt_tokens = len(choice.request.prompt_token_ids)
+            self._recorder.first_tokens(now - choice.request.arrival, num_prompt_tokens, num_tokens)
+        elif num_tokens:
+            self._recorder.next_tokens(now - self._last[choice], num_tokens)
+        self._last[choice] = now
+        if choice.finish_reason is not None:
+            self._finish(choice, choice.finish_reason, now)
+
+    def ended(self, reason: str) -> None:
+        """Of all that have not finished."""
+        for choice in list(self._open):
+            self._finish(choice, reason, time.time())
+
+    def _finish(self, choice: Choice, reason: str, now: float) -> None:
+        if choice not in self._open:
+            return
+        del self._open[choice]
+        self._recorder.finished(
+            RequestTimes(
+                arrival=choice.request.arrival,
+                first_scheduled=self._submitted or now,
+                first_token=self._first.get(choice, now),
+                finished=now,
+                num_prompt_tokens=len(choice.request.prompt_token_ids),
+                num_output_tokens=choice.num_tokens,
+                finish_reason=reason,
+            )
+        )
+
+
+class Generator:
+    def __init__(self, model: Model, tokenizer: Tokenizer, dispatcher: Dispatcher, recorder: IngressRecorder) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._dispatcher = dispatcher
+        self._recorder = recorder
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> list[int]:
+        """Raises InvalidRequest when the chat template refuses the messages."""
+        taken = {"messages", "tools", "add_generation_prompt"} & variables.keys()
+        if taken:
+            raise InvalidRequest(f"chat_template_kwargs must not hold {min(taken)}.", param="chat_template_kwargs")
+
+        def encode() -> list[int]:
+            text = self.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+        return await _off_loop(encode, sum(len(message["content"]) for message in messages))
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return await _off_loop(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+
+    def start(
+        self,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        param: str,
+        arrival: float,
+        priority: int = 0,
+    ) -> Generation:
+        """`param` is the field that prompts came in. Raises InvalidRequest, ContextLengthExceeded."""
+        self.check_ids("logit_bias", sampling.logit_bias)
+        self.check_ids("stop_token_ids", sampling.stop_token_ids)
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        ends = () if sampling.ignore_eos else self.model.eos_token_ids
+        choices: list[Choice] = []
+        for number, prompt in enumerate(prompts):
+            self.check_ids(param, prompt)
+            alone = replace(sampling, max_tokens=self._room(prompt, sampling.max_tokens, param), stop=(), seed=None)
+            request = GenerateRequest(
+                request_id=f"{request_id}-{number}",
+                prompt_token_ids=tuple(prompt),
+                sampling=alone,
+                seed=seed,
+                stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *ends))),
+                priority=priority,
+                arrival=arrival,
+            )
+            choices += [
+                Choice(len(choices) + i, single, sampling.stop, self.tokenizer)
+                for i, single in enumerate(request.choices())
+            ]
+        return Generation(choices, sampling.n, self._dispatcher, self._recorder)
+
+    def _room(self, prompt: Sequence[int], max_tokens: int | None, param: str) -> int:
+        """How many tokens may follow `prompt`."""
+        limit = self.model.max_model_len
+        if not prompt:
+            raise InvalidRequest(f"{param} must hold at least one token.", param=param)
+        if len(prompt) >= limit:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {limit} tokens; {param} has {len(prompt)} tokens.", param=param
+            )
+        if max_tokens is not None and len(prompt) + max_tokens > limit:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {limit} tokens; {param} has {len(prompt)} and "
+                f"max_tokens asks for {max_tokens} more.",
+                param=param,
+            )
+        return limit - len(prompt) if max_tokens is None else max_tokens
+
+    def check_ids(self, param: str, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self.model.vocab_size:
+                raise InvalidRequest(
+                    f"{param}: {token_id} is no token id; the vocabulary has {self.model.vocab_size}.", param=param
+                )
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+async def _off_loop(work: Callable[[], T], num_characters: int) -> T:
+    return work() if num_characters <= MAX_CHARACTERS_ON_LOOP else await asyncio.to_thread(work)

@@ -1,0 +1,82 @@
+"""The `Ingress` deployment: HTTP, text and the journals of requests, in front of all replicas.
+
+Only puts together what the other modules are; Serve calls it, and clients reach it through Serve's proxy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from qwen_ray.cluster.channel import Channel, connect, listen
+from qwen_ray.cluster.directory import Directory, Entry
+from qwen_ray.metrics.recorder import IngressRecorder
+from qwen_ray.serving.dispatch import Dispatcher
+from qwen_ray.serving.fleet import Fleet
+from qwen_ray.serving.generation import Generator, Model
+from qwen_ray.serving.messages import CODEC
+from qwen_ray.serving.routes import Service, create_app
+from qwen_ray.text.tokenizer import Tokenizer
+
+CONNECT_SECONDS = 3.0
+
+
+async def open_channel(entry: Entry) -> Channel[Any]:
+    return await connect(entry.address, entry.secret, CODEC, seconds=CONNECT_SECONDS)
+
+
+@serve.ingress()
+class Ingress:
+    async def __init__(self, model: Model, path: str, app: str, max_body_bytes: int, replicas: object) -> None:
+        """`path` is where the tokenizer lies on this node: a directory or a GGUF file. Raises CheckpointError.
+
+        `replicas` is Serve's handle; it is here so that Serve deploys them, requests take another way.
+        """
+        ingress = serve.get_replica_context().replica_id.unique_id
+        tokenizer = await asyncio.to_thread(Tokenizer.load, Path(path))
+        recorder = IngressRecorder(model.name, ingress)
+        self._directory = Directory(app)
+        self._dispatcher = Dispatcher(lambda: self._directory.list("replica"), open_channel, recorder.hand_over)
+        recorder.watch(
+            lambda: (self._dispatcher.num_sequences, Counter(status.state for status in self._dispatcher.statuses))
+        )
+        fleet = Fleet(ingress, self._dispatcher, recorder, lambda: self._directory.list("ingress"), open_channel)
+        self._service = Service(
+            generator=Generator(model, tokenizer, self._dispatcher, recorder),
+            dispatcher=self._dispatcher,
+            recorder=recorder,
+            metrics=fleet.metrics,
+            status=fleet.status,
+            max_body_bytes=max_body_bytes,
+        )
+        await self._dispatcher.start()
+        secret = secrets.token_bytes(32)
+        self._listener = await listen(ray.util.get_node_ip_address(), secret, fleet.handle, CODEC)
+        await self._directory.announce(
+            Entry(
+                kind="ingress",
+                id=ingress,
+                app=app,
+                address=self._listener.address,
+                secret=secret,
+                state="ready",
+                actor_id=ray.get_runtime_context().get_actor_id() or "",
+                node_id=ray.get_runtime_context().get_node_id(),
+            )
+        )
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service)
+
+    async def __del__(self) -> None:
+        """Serve awaits this when it stops the ingress."""
+        await self._directory.withdraw()
+        await self._dispatcher.close()
+        await self._listener.close()

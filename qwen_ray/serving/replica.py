@@ -1,0 +1,231 @@
+"""The `Replica` deployment: one engine, its group of ranks, and the listener that ingresses connect to.
+
+No request passes through Serve's handles: Serve starts it, judges its health and counts its replicas. It announces
+itself before it loads, so that ingresses can tell how far it is. When a rank fails, the group is started anew, and the
+engine, which keeps every sequence as `prompt + tokens so far`, goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from typing import Any
+
+import ray
+from ray import serve
+
+from qwen_ray.cluster.channel import Listener, listen
+from qwen_ray.cluster.directory import Directory, Entry
+from qwen_ray.cluster.executor import RayExecutor
+from qwen_ray.cluster.group import RankGroup
+from qwen_ray.core.errors import QwenRayError, RankFailed
+from qwen_ray.core.plan import ReplicaSpec
+from qwen_ray.core.request import GenerateRequest
+from qwen_ray.core.stats import StepStats
+from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.engine.engine import Engine
+from qwen_ray.metrics.exporter import exposition
+from qwen_ray.metrics.recorder import ReplicaRecorder
+from qwen_ray.serving.autoscaling import autoscaling_stats
+from qwen_ray.serving.messages import CODEC, STALLED_SECONDS, Answer, Ask, ReplicaState, ReplicaStatus
+from qwen_ray.serving.sessions import Sessions
+
+logger = logging.getLogger(__name__)
+
+PUSH_SECONDS = 0.25
+MAX_RESTARTS = 3  # of the ranks, without a step in between; then the replica gives up, and Serve replaces it
+
+
+class CurrentRanks:
+    """The engine's executor: whichever group runs now."""
+
+    def __init__(self) -> None:
+        self.executor: RayExecutor | None = None
+
+    def submit(self, batch: StepBatch) -> asyncio.Future[StepResult]:
+        if self.executor is None:
+            raise RankFailed(-1, "no ranks are running")
+        return self.executor.submit(batch)
+
+
+class Replica:
+    async def __init__(self, spec: ReplicaSpec, app: str) -> None:
+        """Returns when it can take requests. Raises what the ranks raise (CheckpointError, PlanRefused, …)."""
+        self._spec = spec
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._state: ReplicaState = "loading"
+        self._error: str | None = None
+        self._stage = "starting"
+        self._bytes = (0, 0)
+        self._started = time.time()
+        self._num_fruitless = 0
+        self._recorder = ReplicaRecorder(spec.name, self._id)
+        self._ranks = CurrentRanks()
+        self._group: RankGroup | None = None
+        self._sessions = Sessions(
+            self._add, lambda request_id: self._engine.abort(request_id), self.status, self._answer
+        )
+        self._engine = Engine(spec.engine, self._ranks, self._sessions.publish, self._on_step, self._recorder.finished)
+        self._directory = Directory(app)
+        self._listener = await self._announce()
+        self._pushing = asyncio.create_task(self._push())
+        try:
+            await self._start_ranks()
+        except BaseException:
+            await self._close()
+            raise
+        self._running = asyncio.create_task(self._run())
+
+    async def check_health(self) -> None:
+        """Raises when there is no hope: Serve then replaces this replica, and ingresses hand over."""
+        if self._state == "failed":
+            raise RuntimeError(self._error)
+        if self._engine.stalled_seconds > 2 * STALLED_SECONDS and self._state == "ready":
+            raise RuntimeError(f"no progress for {self._engine.stalled_seconds:.0f} s with work to do")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return autoscaling_stats(self._engine.stats(), self._spec.engine)
+
+    def status(self) -> ReplicaStatus:
+        return ReplicaStatus(
+            replica=self._id,
+            model=self._spec.name,
+            state=self._state,
+            tp=self._spec.plan.tp,
+            pp=self._spec.plan.pp,
+            node=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            started=self._started,
+            load_seconds=self._recorder.load_seconds,
+            num_restarts=self._recorder.num_restarts,
+            error=self._error,
+            engine=self._engine.stats(),
+            stalled_seconds=self._engine.stalled_seconds if self._state == "ready" else 0.0,
+            stage=self._stage,
+            bytes_done=self._bytes[0],
+            bytes_total=self._bytes[1],
+        )
+
+    async def __del__(self) -> None:
+        """Serve awaits this when it stops the replica. The ranks are gone within 5 s."""
+        await self._close()
+
+    async def _close(self) -> None:
+        for name in ("_running", "_pushing"):
+            task = getattr(self, name, None)
+            if task is not None:
+                task.cancel()
+        await self._directory.withdraw()
+        await self._listener.close()
+        if self._group is not None:
+            await self._group.stop()
+            self._group = None
+
+    async def _announce(self) -> Listener[Any]:
+        secret = secrets.token_bytes(32)
+        listener = await listen(ray.util.get_node_ip_address(), secret, self._sessions.handle, CODEC)
+        context = ray.get_runtime_context()
+        await self._directory.announce(
+            Entry(
+                kind="replica",
+                id=self._id,
+                app=self._directory.app,
+                address=listener.address,
+                secret=secret,
+                state="starting",
+                actor_id=context.get_actor_id() or "",
+                node_id=context.get_node_id(),
+            )
+        )
+        return listener
+
+    async def _start_ranks(self) -> None:
+        started = time.monotonic()
+        self._set_state("loading")
+        self._stage, self._bytes = "starting", (0, 0)
+        self._group = await RankGroup.start(self._spec, on_progress=self._on_progress)
+        self._ranks.executor = RayExecutor(self._group)
+        self._recorder.load_seconds = time.monotonic() - started
+        self._stage = "ready"
+        self._set_state("ready")
+        logger.info("%s is ready after %.1f s", self._id, self._recorder.load_seconds)
+
+    async def _run(self) -> None:
+        """The engine, and after a failure new ranks for it, until there is no hope."""
+        while True:
+            try:
+                await self._engine.run()
+                return
+            except RankFailed as failure:
+                logger.error("%s: %s; starting the ranks anew", self._id, failure)
+            except Exception as error:
+                logger.exception("the engine failed")
+                self._fail(f"the engine failed: {type(error).__name__}: {error}")
+                return
+            if not await self._restart():
+                return
+
+    async def _restart(self) -> bool:
+        self._set_state("loading")
+        self._ranks.executor = None
+        reason = ""
+        while self._num_fruitless < MAX_RESTARTS:
+            self._num_fruitless += 1
+            self._recorder.num_restarts += 1
+            if self._group is not None:
+                await self._group.stop()
+                self._group = None
+            try:
+                await self._start_ranks()
+            except QwenRayError as error:
+                reason = str(error)
+                logger.error("%s: the ranks did not come back: %s", self._id, error)
+            else:
+                return True
+        self._fail(f"its ranks failed {self._num_fruitless} times in a row. {reason}".rstrip())
+        return False
+
+    def _fail(self, reason: str) -> None:
+        """Ingresses hand over at once: their channels close."""
+        self._error = reason
+        self._set_state("failed")
+        self._closing = asyncio.create_task(self._close())
+
+    def _set_state(self, state: ReplicaState) -> None:
+        self._state = state
+        self._sessions.push(self.status())
+
+    def _add(self, request: GenerateRequest) -> None:
+        self._engine.add(request)
+
+    def _on_progress(self, done: int, total: int) -> None:
+        self._bytes = (done, total)
+        self._stage = "reading weights" if done < total else "warming up"
+
+    def _on_step(self, stats: StepStats) -> None:
+        self._num_fruitless = 0
+        self._recorder.step(stats)
+
+    async def _push(self) -> None:
+        """Tells ingresses how it is: soon when something changed, every 2 s otherwise."""
+        last: ReplicaStatus | None = None
+        age = 0.0
+        while True:
+            await asyncio.sleep(PUSH_SECONDS)
+            status = self.status()
+            age += PUSH_SECONDS
+            if status != last or age >= 2.0:
+                self._sessions.push(status)
+                last, age = status, 0.0
+
+    async def _answer(self, ask: Ask) -> Answer:
+        group = self._group
+        ranks = tuple(await group.stats()) if group is not None and self._state == "ready" else ()
+        if ask.what == "metrics":
+            self._recorder.engine = self._engine.stats()
+            self._recorder.ranks = ranks
+            return Answer(ask_id=ask.ask_id, metrics=exposition(self._recorder.registry))
+        return Answer(ask_id=ask.ask_id, status=self.status(), ranks=ranks)

@@ -1,0 +1,159 @@
+"""The HTTP face: which path is what. `create_app` makes it around a `Service`, with or without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from qwen_ray.core.errors import UnknownModel
+from qwen_ray.metrics.exporter import CONTENT_TYPE
+from qwen_ray.metrics.recorder import IngressRecorder
+from qwen_ray.serving import chat, completions, errors, schema
+from qwen_ray.serving.answer import token_text
+from qwen_ray.serving.dispatch import Dispatcher
+from qwen_ray.serving.generation import Generator
+from qwen_ray.serving.middleware import ARRIVAL, BodyLimit, CountRequests
+
+VERSION = version("qwen-ray")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What the routes stand on. `metrics` and `status` speak for all processes."""
+
+    generator: Generator
+    dispatcher: Dispatcher
+    recorder: IngressRecorder
+    metrics: Callable[[], Awaitable[str]]
+    status: Callable[[], Awaitable[dict[str, Any]]]
+    max_body_bytes: int
+
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModel; a request without a name means the one that is served."""
+        if name is not None and name != self.generator.model.name:
+            raise UnknownModel(name, [self.generator.model.name])
+
+    def card(self) -> schema.ModelCard:
+        model = self.generator.model
+        return schema.ModelCard(
+            id=model.name, created=model.created, root=model.source, max_model_len=model.max_model_len
+        )
+
+
+router = APIRouter()
+
+
+def create_app(service: Service) -> FastAPI:
+    # No interactive pages: they load their scripts from the internet.
+    app = FastAPI(title="qwen-ray", version=VERSION, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
+    app.add_middleware(CountRequests, on_response=service.recorder.http_request)
+    errors.install(app)
+    return app
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+@router.post("/v1/chat/completions", response_model=None, responses={200: {"model": schema.ChatCompletion}})
+async def chat_completions(body: schema.ChatRequest, request: Request) -> schema.ChatCompletion | Response:
+    service = _service(request)
+    service.check_model(body.model)
+    return await chat.create(body, request, service.generator, request.scope[ARRIVAL])
+
+
+@router.post("/v1/completions", response_model=None, responses={200: {"model": schema.Completion}})
+async def text_completions(body: schema.CompletionRequest, request: Request) -> schema.Completion | Response:
+    service = _service(request)
+    service.check_model(body.model)
+    return await completions.create(body, request, service.generator, request.scope[ARRIVAL])
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> schema.ModelList:
+    return schema.ModelList(data=[_service(request).card()])
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> schema.ModelCard:
+    service = _service(request)
+    service.check_model(name)
+    return service.card()
+
+
+@router.post("/tokenize")
+async def tokenize(body: schema.TokenizeRequest, request: Request) -> schema.TokenizeAnswer:
+    service = _service(request)
+    service.check_model(body.model)
+    generator = service.generator
+    if body.messages is not None:
+        tokens = await generator.encode_chat(
+            [message.to_template() for message in body.messages],
+            add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
+        )
+    else:
+        tokens = await generator.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+    texts = [token_text(generator.tokenizer, token) for token in tokens] if body.return_token_strs else None
+    return schema.TokenizeAnswer(
+        count=len(tokens), max_model_len=generator.model.max_model_len, tokens=tokens, token_strs=texts
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(body: schema.DetokenizeRequest, request: Request) -> schema.DetokenizeAnswer:
+    service = _service(request)
+    service.check_model(body.model)
+    service.generator.check_ids("tokens", body.tokens)
+    return schema.DetokenizeAnswer(prompt=service.generator.tokenizer.decode(body.tokens, skip_special_tokens=False))
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """This process answers."""
+    return {"status": "live"}
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """Requests would be answered now: some replica is ready and makes progress."""
+    _service(request).dispatcher.check_ready()
+    return {"status": "ready"}
+
+
+@router.get("/health/startup")
+async def startup(request: Request) -> JSONResponse:
+    """How far loading is; 200 as soon as one replica is ready."""
+    statuses = _service(request).dispatcher.statuses
+    is_ready = any(status.state == "ready" for status in statuses)
+    names = ("replica", "state", "stage", "bytes_done", "bytes_total", "load_seconds", "error")
+    replicas = [{name: getattr(status, name) for name in names} for status in statuses]
+    body = {"status": "ready" if is_ready else "loading", "replicas": replicas}
+    return JSONResponse(body, status_code=200 if is_ready else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Of every ingress, replica and rank."""
+    return PlainTextResponse(await _service(request).metrics(), media_type=CONTENT_TYPE)
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    return {"version": VERSION}
+
+
+@router.get("/status")
+async def status(request: Request) -> dict[str, Any]:
+    """Replicas, ranks and engines, for people and scripts."""
+    service = _service(request)
+    return {"version": VERSION, "model": service.card().model_dump(), **await service.status()}

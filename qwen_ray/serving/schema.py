@@ -1,0 +1,377 @@
+"""OpenAI's requests and answers as pydantic models, with vLLM's extra sampling fields.
+
+Knows the shape of JSON and nothing of tokens or engines. An option is either built, or refused with its name: unknown
+fields are errors, and so is a known one that is not built yet and carries more than its default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from qwen_ray.core.request import SamplingParams
+
+# JSON numbers only: "0.5" and true are mistakes, not numbers. Ranges are SamplingParams' business.
+Number = Annotated[float, Field(strict=True)]
+Count = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+def _one_or_many(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _token_keys(value: Any) -> Any:
+    """JSON has no integer keys: OpenAI's logit_bias is {"50256": -100}."""
+    if not isinstance(value, dict):
+        return {} if value is None else value
+    for key in value:
+        if not str(key).isdecimal():
+            raise ValueError(f"keys must be token ids, got {key!r}")
+    return {int(key): bias for key, bias in value.items()}
+
+
+class Request(BaseModel):
+    """A body whose every field is known. `not_built` are fields refused unless null, empty or their listed default."""
+
+    model_config = ConfigDict(extra="forbid")
+    not_built: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_built(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, defaults in cls.not_built.items():
+            value = data.get(name)
+            if value is not None and value not in ([], {}, *defaults):
+                raise NotBuilt(name)
+        return {name: value for name, value in data.items() if name not in cls.not_built}
+
+
+class NotBuilt(ValueError):
+    """A known option that is not served yet; `param` names it."""
+
+    def __init__(self, param: str) -> None:
+        super().__init__(f"{param} is not supported by this server yet; leave it out")
+        self.param = param
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: Flag = False
+
+
+class SamplingFields(Request):
+    """What chat and completions have in common."""
+
+    n: Count = 1
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Count | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: Annotated[dict[int, Number], BeforeValidator(_token_keys)] = Field(default_factory=dict)
+    seed: Count | None = None
+    stop: Annotated[list[str], BeforeValidator(_one_or_many)] = Field(default_factory=list)
+    include_stop_str_in_output: Flag = False
+    stop_token_ids: list[Count] = Field(default_factory=list)
+    ignore_eos: Flag = False
+    max_tokens: Count | None = None
+    min_tokens: Count = 0
+    prompt_logprobs: Count | None = None
+    skip_special_tokens: Flag = True
+    priority: Count = 0
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises InvalidRequest, naming the field, for a value out of range."""
+        given: dict[str, float | int] = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if (value := getattr(self, name)) is not None
+        }
+        return SamplingParams(
+            n=self.n,
+            **given,  # pyright: ignore[reportArgumentType]
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=dict(self.logit_bias),
+            seed=self.seed,
+            stop=tuple(self.stop),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a conversation. Parts other than text are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[None, BeforeValidator(lambda value: value or None)] = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
+
+    def to_template(self) -> dict[str, Any]:
+        """As chat templates want it: plain strings."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+        role = "system" if self.role == "developer" else self.role
+        extra = {
+            key: value
+            for key, value in (("name", self.name), ("reasoning_content", self.reasoning_content))
+            if value is not None
+        }
+        return {"role": role, "content": text, **extra}
+
+
+class Conversation(Request):
+    """What becomes a prompt through the chat template."""
+
+    messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: Flag = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class ChatRequest(SamplingFields, Conversation):
+    not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tools": (),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": (),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "structured_outputs": (),
+        "chat_template": (),
+        "continue_final_message": (False,),
+    }
+
+    max_completion_tokens: Count | None = None
+    logprobs: Flag = False
+    top_logprobs: Count | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _alternatives_come_with_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+
+Prompt = str | list[str] | list[Count] | list[list[Count]]
+
+
+class CompletionRequest(SamplingFields):
+    not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "suffix": ("",),
+        "best_of": (1,),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+    }
+
+    prompt: Prompt
+    echo: Flag = False
+    logprobs: Count | None = None
+    add_special_tokens: Flag = True
+    max_tokens: Count | None = 16
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> Self:
+        if self.prompt == []:
+            raise ValueError("prompt must not be an empty list")
+        return self
+
+
+class TokenizeRequest(Request):
+    """vLLM's: a prompt, or the messages of a chat."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: Flag = True
+    add_generation_prompt: Flag = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    return_token_strs: Flag = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Request):
+    tokens: list[Count]
+
+
+# Answers. Every field that OpenAI always sends is always sent: clients read them without asking.
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0
+    audio_tokens: int = 0
+
+
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = 0
+    audio_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+# vLLM's: one entry per prompt token, null for the first; token id -> logprob.
+PromptLogprobs = list[dict[str, dict[str, Any]] | None]
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    annotations: list[Any] = []
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    service_tier: None = None
+    system_fingerprint: str
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "qwen-ray"
+    root: str
+    parent: None = None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeAnswer(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str
