@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
 
 from qwen_ray.core.errors import CheckpointError, InvalidRequest
 from qwen_ray.text.chat import ChatTemplate
@@ -46,10 +46,22 @@ TOOL_CHAT: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def reference(qwen_directory: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return AutoTokenizer.from_pretrained(str(qwen_directory))
+def reference(small_backend: Backend) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Backend.from_str(small_backend.to_str()),
+        bos_token="<|begin|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=Path(__file__).with_name("qwen25_chat_template.jinja").read_text(),
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Ours, from the directory that transformers writes."""
+    folder = tmp_path_factory.mktemp("saved")
+    reference.save_pretrained(folder)
+    return Tokenizer.load(folder)
 
 
 def user(content: Any) -> list[dict[str, Any]]:
@@ -60,24 +72,24 @@ def user(content: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_qwen_as_transformers(
-    qwen: Tokenizer, reference: Any, chat: list[dict[str, Any]], tools: Any, add_generation_prompt: bool
+    tokenizer: Tokenizer, reference: Any, chat: list[dict[str, Any]], tools: Any, add_generation_prompt: bool
 ) -> None:
-    ours = qwen.render_chat(chat, tools, add_generation_prompt)
+    ours = tokenizer.render_chat(chat, tools, add_generation_prompt)
     theirs = {"tools": tools, "add_generation_prompt": add_generation_prompt}
     assert ours == reference.apply_chat_template(chat, tokenize=False, **theirs)
     ids = reference.apply_chat_template(chat, **theirs)["input_ids"]
-    assert qwen.encode(ours, add_special_tokens=False) == ids
+    assert tokenizer.encode(ours, add_special_tokens=False) == ids
 
 
 def test_tool_calls_as_transformers_whether_arguments_are_an_object_or_a_string(
-    qwen: Tokenizer, reference: Any
+    tokenizer: Tokenizer, reference: Any
 ) -> None:
     theirs = reference.apply_chat_template(TOOL_CHAT, tools=TOOLS, tokenize=False, add_generation_prompt=True)
-    assert qwen.render_chat(TOOL_CHAT, TOOLS) == theirs
+    assert tokenizer.render_chat(TOOL_CHAT, TOOLS) == theirs
     assert '{"city": "北京 <b>"}' in theirs
     text_call = {**CALL, "function": {"name": "get_weather", "arguments": '{"city": "北京 <b>"}'}}
     chat = [TOOL_CHAT[0], {**TOOL_CHAT[1], "tool_calls": [text_call, text_call]}, *TOOL_CHAT[2:]]
-    assert qwen.render_chat(chat, TOOLS) == theirs
+    assert tokenizer.render_chat(chat, TOOLS) == theirs
     assert chat[1]["tool_calls"] == [text_call, text_call]
 
 
@@ -105,9 +117,9 @@ def test_what_templates_may_use_renders_as_in_transformers(reference: Any) -> No
     assert ours.render(CHATS["turns"], add_generation_prompt=False, flag=True) == theirs
 
 
-def test_content_parts_become_text(qwen: Tokenizer) -> None:
+def test_content_parts_become_text(tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert qwen.render_chat(user(parts)) == qwen.render_chat(user("one\ntwo"))
+    assert tokenizer.render_chat(user(parts)) == tokenizer.render_chat(user("one\ntwo"))
 
 
 def test_reasoning_goes_by_either_name() -> None:
@@ -132,9 +144,9 @@ def test_a_template_of_its_own_for_tools() -> None:
         ([{"role": "assistant", "tool_calls": ["x"]}], r"messages\[0\]\.tool_calls"),
     ],
 )
-def test_wrong_messages_are_invalid_requests(qwen: Tokenizer, messages: Any, says: str) -> None:
+def test_wrong_messages_are_invalid_requests(tokenizer: Tokenizer, messages: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
-        qwen.render_chat(messages)
+        tokenizer.render_chat(messages)
     assert caught.value.param == "messages"
 
 

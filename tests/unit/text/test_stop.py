@@ -26,7 +26,7 @@ def could_begin(text: str, stops: list[str]) -> int:
     return max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=letters, stops=stop_lists, include=st.booleans(), data=st.data())
 def test_any_split_gives_the_outcome_of_the_whole(
     text: str, stops: list[str], include: bool, data: st.DataObject
