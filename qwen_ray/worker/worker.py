@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from qwen_ray.core.plan import EngineConfig, Rendezvous, ReplicaSpec
+from qwen_ray.core.plan import EngineConfig, Rendezvous, ReplicaSpec, split_evenly
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.stats import RankStats
 from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
@@ -99,7 +99,7 @@ class Worker:
         logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
 
     def allocate(self) -> None:
-        """Make the KV cache, then run the largest step there can be, so that its memory is held from the start."""
+        """Make the KV cache, then run the largest step once: what cannot fit fails now, not under load."""
         assert self._model is not None, "load first"
         self._use_threads()
         engine = self._spec.engine
@@ -112,6 +112,7 @@ class Worker:
         )
         self._stats = replace(self._stats, kv_bytes=kv_bytes)
         Runner(self._model, block_size=engine.block_size, device=self._device).run(largest_step(engine))
+        give_back_memory()
         self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
 
     def execute(self, batch: StepBatch) -> StepResult | None:
@@ -154,29 +155,35 @@ class Worker:
 
 
 def largest_step(engine: EngineConfig) -> StepBatch:
-    """As many tokens and sequences as `engine` allows in one step, the first sequences as long as they can be."""
+    """As many tokens and sequences as `engine` allows in one step, spread evenly: only their memory matters here."""
     num_sequences = min(engine.max_num_seqs, engine.max_num_batched_tokens)
-    sampling = SamplingParams(temperature=1.0, top_p=0.9)
-    left = engine.max_num_batched_tokens
-    chunks: list[Chunk] = []
-    new: list[NewSequence] = []
-    for i in range(num_sequences):
-        count = min(engine.max_model_len, left - (num_sequences - 1 - i))
-        left -= count
-        # What is written here is never read: sequences may share blocks.
-        blocks = tuple(b % engine.num_blocks for b in range(-(-count // engine.block_size)))
-        chunks.append(Chunk(sequence_id=i, start=0, count=count, new_blocks=blocks))
-        new.append(
+    counts = [
+        min(len(part), engine.max_model_len) for part in split_evenly(engine.max_num_batched_tokens, num_sequences)
+    ]
+    return StepBatch(
+        step_id=0,
+        new=tuple(
             NewSequence(
                 sequence_id=i,
                 token_ids=(0,) * count,
                 num_prompt_tokens=count,
-                sampling=sampling,
+                sampling=SamplingParams(temperature=1.0, top_p=0.9),
                 seed=0,
                 stop_token_ids=(),
             )
-        )
-    return StepBatch(step_id=0, chunks=tuple(chunks), new=tuple(new))
+            for i, count in enumerate(counts)
+        ),
+        chunks=tuple(
+            Chunk(
+                sequence_id=i,
+                start=0,
+                count=count,
+                # What is written there is never read: sequences may share blocks.
+                new_blocks=tuple(b % engine.num_blocks for b in range(-(-count // engine.block_size))),
+            )
+            for i, count in enumerate(counts)
+        ),
+    )
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -189,7 +196,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def give_back_memory() -> None:
-    """Return what loading freed to the system: glibc would keep it, and the rank would hold more than was planned."""
+    """Return what was freed to the system: glibc would keep it, and the rank would hold more than was planned."""
     gc.collect()
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
