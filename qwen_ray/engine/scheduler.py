@@ -82,7 +82,6 @@ class Scheduler:
     def schedule(self) -> StepBatch | None:
         """The next step, or None while there is nothing to compute."""
         budget = self._config.max_num_batched_tokens
-        num_preemptions = self._num_preemptions
         chunks: list[Chunk] = []
         new: list[NewSequence] = []
         for seq in self._ready():
@@ -90,8 +89,7 @@ class Scheduler:
             if count and (new_blocks := self._grow(seq, seq.num_computed + count)) is not None:
                 chunks.append(self._advance(seq, count, new_blocks))
                 budget -= count
-        # Whoever was preempted would come straight back in for the blocks it has just given up.
-        while budget and num_preemptions == self._num_preemptions and (seq := self._admit()):
+        while budget and (seq := self._admit()):
             new.append(seq.to_new())
             count = min(budget, seq.num_uncomputed)
             chunks.append(self._advance(seq, count, seq.block_table))
@@ -186,7 +184,8 @@ class Scheduler:
         seq = self.waiting[0]
         num_blocks = self._num_blocks_of(seq.num_tokens)
         hits = self._hits(seq)
-        # One block to spare for each running sequence, or its next token would preempt what was just admitted.
+        # One block to spare for each running sequence, or its next token would preempt what was just admitted; and
+        # whoever was preempted in this step would come straight back for the blocks it has just given up.
         if self.pool.cost(hits, num_blocks) + len(self.running) > self.pool.num_free:
             return None
         self.pool.share(hits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from qwen_ray.core.errors import ContextLengthExceeded, RankFailed
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
 from qwen_ray.core.stats import RequestTimes, StepStats
-from qwen_ray.core.step import StepBatch
+from qwen_ray.core.step import StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
 from tests.unit.engine.fake_ranks import POISON, FakeExecutor, alone
 
@@ -64,10 +65,11 @@ class Owner:
             raise
 
     async def all_ended(self) -> None:
-        while len(self.ends) < len(self.requests):
-            assert not self.has_crashed, "the engine's loop has ended"
-            self._changed.clear()
-            await self._changed.wait()
+        async with asyncio.timeout(30):  # a hang is a failure, not a wait
+            while len(self.ends) < len(self.requests):
+                assert not self.has_crashed, "the engine's loop has ended"
+                self._changed.clear()
+                await self._changed.wait()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Owner]:
@@ -210,6 +212,36 @@ async def test_a_request_that_never_ran_ends_too() -> None:
     assert all(times.first_scheduled == times.first_token == 0.0 for times in owner.times)
 
 
+async def test_whoever_hears_of_an_end_may_add_the_next_request() -> None:
+    owner = Owner(CONFIG)
+    owner.on_token = lambda delta: owner.add(request("b", [1])) if delta.request_id == "a" else None
+    owner.add(request("a", [1]))
+    owner.engine.abort("a")
+    async with owner.running():
+        await owner.all_ended()
+    owner.check_ended()
+    assert owner.ends["b"].finish_reason == "length"
+
+
+async def test_an_executor_that_answers_at_once_leaves_others_their_turn() -> None:
+    owner = Owner(CONFIG)
+
+    def submit(batch: StepBatch) -> asyncio.Future[StepResult]:
+        done: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        done.set_result(owner.executor.ranks.execute(batch))
+        return done
+
+    owner.executor.submit = submit  # pyright: ignore[reportAttributeAccessIssue]
+    owner.add(request("a", [1], max_tokens=100))
+    async with owner.running():
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        owner.engine.abort("a")
+        await owner.all_ended()
+    assert owner.ends["a"].finish_reason == "abort"
+    assert len(owner.tokens["a"]) < 5
+
+
 async def test_times_are_in_order() -> None:
     async with Owner(CONFIG).running() as owner:
         owner.add(request("a", range(5), max_tokens=3))
@@ -220,7 +252,7 @@ async def test_times_are_in_order() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-async def test_a_failed_rank_costs_no_request(depth: int) -> None:
+async def test_a_failed_rank_costs_no_request(depth: int, caplog: pytest.LogCaptureFixture) -> None:
     owner = Owner(replace(CONFIG, depth=depth, num_blocks=24), latency=2)
     owner.add(*(request(f"r{i}", [*range(10), i], seed=i) for i in range(6)))
     owner.executor.fail_at = {3, 7, 8}
@@ -244,6 +276,8 @@ async def test_a_failed_rank_costs_no_request(depth: int) -> None:
             await run
     owner.check_ended()
     assert num_failures >= 2
+    gc.collect()
+    assert not caplog.records, "a failed step whose exception nobody asked for"
 
 
 async def test_stop_keeps_sequences_and_run_goes_on() -> None:

@@ -166,6 +166,26 @@ def test_a_full_pool_preempts_the_last_in_turn_and_tokens_stay_the_same(depth: i
     assert ends[0] == "r0"
 
 
+def test_an_admission_leaves_a_block_for_each_running_sequence() -> None:
+    harness = Harness(SMALL)
+    harness.add(request("a", range(15), max_tokens=5), request("b", range(20, 36)))
+    harness.step()
+    harness.step()
+    assert [seq.request.request_id for seq in harness.scheduler.running] == ["a"]
+    harness.drain()
+    harness.check_ended()
+    assert harness.scheduler.stats().preemptions_total == 0
+
+
+def test_what_the_ranks_have_lost_is_not_dropped_again() -> None:
+    harness = run(SMALL, request("a", [1]))  # its end has not been told to the ranks
+    harness.ranks.restart()
+    harness.scheduler.reset()
+    harness.add(request("b", [1]))
+    harness.drain()
+    assert harness.ranks.batches[-1].dropped == ()
+
+
 def test_priority_decides_who_goes_first() -> None:
     harness = Harness(replace(SMALL, max_num_seqs=1))
     harness.add(request("a", [1]), replace(request("b", [2]), priority=1), replace(request("c", [3]), priority=-1))
