@@ -15,7 +15,9 @@ from qwen_ray.commands.console import out, show_error
 from qwen_ray.commands.options import ALL_FLAGS, ENGINE_FLAGS, MODEL_FLAGS, ModelArgument, with_settings
 from qwen_ray.config import Settings
 from qwen_ray.core.errors import PlanRefused, QwenRayError
+from qwen_ray.core.hardware import Hardware
 from qwen_ray.core.request import SamplingParams
+from qwen_ray.machine import running_ray
 
 app = typer.Typer(
     name="qwen-ray",
@@ -92,7 +94,12 @@ def plan(
     """
     from qwen_ray.commands.plan import run_plan
 
-    run_plan(settings, hardware=hardware, context=context, concurrency=concurrency, as_json=as_json)
+    found = Hardware.parse(hardware) if hardware else None
+    if found is None and (address := settings.ray_address or running_ray()):
+        from qwen_ray.serving.launch import cluster_hardware
+
+        found = cluster_hardware(address)
+    run_plan(settings, hardware=found, context=context, concurrency=concurrency, as_json=as_json)
 
 
 @app.command()

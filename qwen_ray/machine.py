@@ -17,6 +17,7 @@ from qwen_ray.core.hardware import Device, Hardware, Node, cpu_device
 
 _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+_RAY_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`, and by nobody else
 
 
 def this_machine() -> Hardware:
@@ -27,6 +28,11 @@ def this_machine() -> Hardware:
     devices = _gpus()
     gpus = (Node(device=devices[0], num_devices=len(devices), num_cores=num_cores()),) if devices else ()
     return Hardware(nodes=(*gpus, cpu))
+
+
+def running_ray() -> str | None:
+    """Address of the Ray cluster that `ray start` has made this machine part of; it may be gone meanwhile."""
+    return _read(_RAY_CLUSTER) or None
 
 
 def num_cores() -> int:

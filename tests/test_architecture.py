@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"core", "config", "machine", "sizing", "planner", "source", "llm", "serving"},
         {"typer", "rich", "httpx", "pydantic"},
     ),
-    "cli": ({"core", "config", "commands"}, {"typer", "rich"}),
+    "cli": ({"core", "config", "machine", "commands", "serving"}, {"typer", "rich"}),
     "__init__": ({"core", "config", "llm"}, set()),
     "__main__": ({"cli"}, set()),
 }

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+ShowProgress = Callable[[str, int, int], None]  # what is being done, how much, of how much
+
 # Not on a terminal, lines stay whole: whoever reads a pipe cuts them where it wants.
 _PIPE_WIDTH = 160
 
@@ -28,7 +30,7 @@ def show_error(message: str) -> None:
 
 
 @contextmanager
-def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars(*, quiet: bool = False) -> Iterator[ShowProgress]:
     """Bars for work that reports (label, done, total) and may change its label; plain lines at each tenth elsewhere."""
     if quiet or not err.is_terminal:
         yield _lines(quiet)
@@ -44,7 +46,7 @@ def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
         yield show
 
 
-def _lines(quiet: bool) -> Callable[[str, int, int], None]:
+def _lines(quiet: bool) -> ShowProgress:
     shown: dict[str, int] = {}
 
     def show(label: str, done: int, total: int) -> None:

@@ -1,0 +1,101 @@
+"""`qwen-ray generate` and `qwen-ray chat`: a model in this process, or a server's at --url, to a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import httpx
+
+from qwen_ray.commands.console import err, out, progress_bars
+from qwen_ray.commands.load import served_model
+from qwen_ray.config import Settings
+from qwen_ray.core.errors import QwenRayError, RequestError
+from qwen_ray.core.request import SamplingParams
+from qwen_ray.llm import LLM
+
+Message = dict[str, str]
+# A prompt or a conversation -> the answer's text as it comes.
+Answer = Callable[[str | list[Message]], Iterator[str]]
+
+
+def run_generate(settings: Settings, prompt: str, sampling: SamplingParams, *, url: str | None) -> None:
+    with _answerer(settings, sampling, url) as answer:
+        _show(answer(prompt))
+
+
+def run_chat(settings: Settings, system: str | None, sampling: SamplingParams, *, url: str | None) -> None:
+    """Until an empty line, end of input or Ctrl-C at the prompt; Ctrl-C during an answer only ends that answer."""
+    messages = [{"role": "system", "content": system}] if system else []
+    with _answerer(settings, sampling, url) as answer:
+        while text := _ask():
+            messages.append({"role": "user", "content": text})
+            try:
+                messages.append({"role": "assistant", "content": _show(answer(messages))})
+            except RequestError as error:
+                err.print(f"error: {error}", markup=False)
+                messages.pop()
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _show(pieces: Iterator[str]) -> str:
+    shown: list[str] = []
+    try:
+        for piece in pieces:
+            shown.append(piece)
+            out.file.write(piece)
+            out.file.flush()
+    except KeyboardInterrupt:
+        if isinstance(pieces, Iterator) and hasattr(pieces, "close"):
+            pieces.close()  # pyright: ignore[reportAttributeAccessIssue]
+    out.file.write("\n")
+    return "".join(shown)
+
+
+@contextmanager
+def _answerer(settings: Settings, sampling: SamplingParams, url: str | None) -> Iterator[Answer]:
+    if url is not None:
+        url = url.rstrip("/").removesuffix("/v1")
+        model = served_model(url)
+        yield lambda prompt: _remote(url, model, prompt, sampling)
+        return
+    with progress_bars() as show:
+        llm = LLM(settings=settings, on_progress=show)
+    with llm:
+        yield lambda prompt: llm.stream(prompt, sampling)
+
+
+def _remote(url: str, model: str, prompt: str | list[Message], sampling: SamplingParams) -> Iterator[str]:
+    """The same from a server. Raises QwenRayError."""
+    names = ("max_tokens", "temperature", "top_p", "seed")
+    body: dict[str, Any] = {name: value for name in names if (value := getattr(sampling, name)) is not None}
+    path, key = ("completions", "prompt") if isinstance(prompt, str) else ("chat/completions", "messages")
+    body |= {"model": model, key: prompt, "stream": True}
+    try:
+        with (
+            closing(httpx.Client(timeout=600.0)) as client,
+            client.stream("POST", f"{url}/v1/{path}", json=body) as got,
+        ):
+            if got.status_code != 200:
+                raise QwenRayError(f"HTTP {got.status_code}: {got.read().decode(errors='replace')[:500]}")
+            for line in got.iter_lines():
+                if line.startswith("data: {"):
+                    yield from _texts(json.loads(line.removeprefix("data: ")))
+    except httpx.HTTPError as error:
+        raise QwenRayError(f"{url}: {error}") from error
+
+
+def _texts(event: dict[str, Any]) -> Iterator[str]:
+    if event.get("error"):
+        raise QwenRayError(str(event["error"].get("message", event["error"])))
+    for choice in event.get("choices", ()):
+        yield choice.get("text") or choice.get("delta", {}).get("content") or ""

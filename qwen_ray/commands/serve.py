@@ -1,0 +1,197 @@
+"""`qwen-ray serve`: checks what can be checked, starts the server process, shows how far it is, and ends it all.
+
+Imports neither torch nor Ray; what serves runs in `serving/launch.py`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+
+from qwen_ray.commands import process_tree
+from qwen_ray.commands.console import ShowProgress, err, out, progress_bars
+from qwen_ray.commands.pull import pull
+from qwen_ray.config import Settings
+from qwen_ray.core.errors import QwenRayError
+from qwen_ray.machine import this_machine
+from qwen_ray.planner.search import plan
+from qwen_ray.serving.environment import port_is_free, ray_environment
+from qwen_ray.sizing import plan_request
+from qwen_ray.source.config_file import load_config
+
+STOP_SECONDS = 7.0
+POLL_SECONDS = 0.25
+STEPS = {"ray": "starting Ray Serve", "serve": "starting the model"}
+
+
+class ServerFailed(QwenRayError):
+    """The server process ended or gave up; the exit code is the one that it named."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+
+def run_serve(settings: Settings) -> None:
+    """Serve until Ctrl-C or SIGTERM. Raises QwenRayError."""
+    if not settings.ray_address:
+        http = settings.http
+        if not port_is_free(http.host, http.port):
+            raise QwenRayError(
+                f"Port {http.port} of {http.host} is in use. Choose another with --port, or stop what uses it."
+            )
+        for model in settings.models:
+            config = load_config(pull(model, settings))
+            plan(plan_request(settings, model, config, this_machine(), dp=model.replicas.max)).require()
+    is_ready = False
+    with _signals_raise(), _log_file(settings) as log:
+        child = process_tree.start([sys.executable, "-m", "qwen_ray.serving.launch"], ray_environment(), log)
+        try:
+            events = _talk(child, settings)
+            _wait_until_ready(settings, child, events)
+            is_ready = True
+            _show_address(settings)
+            _raise_at_end(child, events)
+        except Stopped:
+            err.print("stopping ...")
+        finally:
+            _ignore_signals()
+            process_tree.stop(child, seconds=STOP_SECONDS)
+    if not is_ready:
+        raise KeyboardInterrupt
+
+
+def _talk(child: subprocess.Popen[bytes], settings: Settings) -> queue.SimpleQueue[dict[str, Any]]:
+    """Hand over the settings and hear the events; the last is `end`. The child stops when its stdin is closed."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(json.dumps(settings.to_dict()).encode() + b"\n")
+    child.stdin.flush()
+    events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    lines = child.stdout
+
+    def read() -> None:
+        for line in lines:
+            # Libraries print to stdout too.
+            if line.startswith(b'{"event"'):
+                events.put(json.loads(line))
+        events.put({"event": "end"})
+
+    threading.Thread(target=read, daemon=True).start()
+    return events
+
+
+def _wait_until_ready(
+    settings: Settings, child: subprocess.Popen[bytes], events: queue.SimpleQueue[dict[str, Any]]
+) -> None:
+    with progress_bars() as show:
+        show("starting Ray", 0, 1)
+        before = "starting Ray"
+        while True:
+            try:
+                event = events.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if before == STEPS["serve"]:
+                    _show_loading(settings, show)
+                continue
+            _check(child, event)
+            show(before, 1, 1)
+            if event["event"] == "ready":
+                return
+            before = STEPS[event["event"]]
+            show(before, 0, 1)
+
+
+def _raise_at_end(child: subprocess.Popen[bytes], events: queue.SimpleQueue[dict[str, Any]]) -> None:
+    while True:
+        _check(child, events.get())
+
+
+def _check(child: subprocess.Popen[bytes], event: dict[str, Any]) -> None:
+    """Raises ServerFailed for the events that say so."""
+    if event["event"] == "error":
+        raise ServerFailed(event["message"], event["exit_code"])
+    if event["event"] == "end":
+        code = child.wait()
+        raise ServerFailed(f"The server process ended unexpectedly (exit code {code}).", 1)
+
+
+def _show_loading(settings: Settings, show: ShowProgress) -> None:
+    """One bar for each replica, from what the ingress tells of them; nothing while it is not up."""
+    try:
+        replicas = httpx.get(f"{address(settings)}/health/startup", timeout=2.0).json()["replicas"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        return
+    for index, replica in enumerate(replicas):
+        if replica["bytes_total"]:
+            show(f"loading weights of replica {index}", replica["bytes_done"], replica["bytes_total"])
+
+
+def address(settings: Settings) -> str:
+    """Where a client on this machine reaches the server."""
+    host = settings.http.host
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{settings.http.port}"
+
+
+def _show_address(settings: Settings) -> None:
+    name = settings.models[0].name
+    body = json.dumps(
+        {"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True}
+    )
+    out.print(f"\n{name} is served at {address(settings)}/v1 (Ctrl-C stops it). Try:\n", markup=False)
+    out.print(
+        f"curl -N {address(settings)}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'\n",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _log_file(settings: Settings) -> Iterator[Any]:
+    """Where the server process writes; with log level debug the terminal. Its end is shown when the server failed."""
+    if settings.observability.log_level == "debug":
+        yield None
+        return
+    path = Path(settings.cache_dir) / "logs" / f"serve-{settings.http.port}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as log:
+        try:
+            yield log
+        except ServerFailed:
+            err.print(f"The server's log is {path}; Ray's logs are in /tmp/ray/session_latest/logs.", markup=False)
+            raise
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        _ignore_signals()
+        raise Stopped
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    """A second Ctrl-C must not interrupt the cleaning up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,132 @@
+"""The server process behind `qwen-ray serve`: Ray, Serve and the application, until it is told to stop.
+
+    python -m qwen_ray.serving.launch        settings (JSON, one line) on stdin; events (JSON lines) on stdout
+
+Whoever started it keeps stdin open: its end, like SIGTERM, means stop. Events are `{"event": NAME, ...}`: `ray`,
+`serve`, `ready`, `error` (with `message` and `exit_code`). A process of its own, so that Ray's settings can be made
+before Ray is imported, and so that whoever started it can end everything whatever state this one is in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import serve
+
+from qwen_ray.cluster.inventory import hardware
+from qwen_ray.config import Settings
+from qwen_ray.core.errors import QwenRayError
+from qwen_ray.core.hardware import Hardware
+from qwen_ray.serving.app import APP, build
+
+logger = logging.getLogger(__name__)
+
+# No tensor of ours goes through Ray's object store.
+OBJECT_STORE_BYTES = 128 * 2**20
+LOOPBACK = "127.0.0.1"
+STOP_SECONDS = 5.0
+
+
+def main() -> None:
+    settings = Settings.from_dict(json.loads(sys.stdin.readline()))
+    logging.basicConfig(level=settings.observability.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    threading.Thread(target=_stop_with_stdin, daemon=True).start()
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exit_code = 0
+    try:
+        run(settings)
+    except QwenRayError as error:
+        exit_code = error.exit_code
+        tell("error", message=str(error), exit_code=exit_code)
+    except Exception as error:
+        logger.exception("the server failed")
+        exit_code = 1
+        tell("error", message=f"{type(error).__name__}: {error}", exit_code=exit_code)
+    finally:
+        stop(settings)
+    sys.exit(exit_code)
+
+
+def run(settings: Settings) -> None:
+    """Bring everything up, say so, and wait for the end. Raises QwenRayError, or what Ray raises."""
+    start_ray(settings)
+    tell("ray", address=ray.get_runtime_context().gcs_address)
+    signal.signal(signal.SIGTERM, _stop)  # Ray has put its own in place of ours
+    application = build(settings)
+    http = serve.HTTPOptions(host=settings.http.host, port=settings.http.port)
+    serve.start(http_options=http)
+    tell("serve")
+    serve.run(application, name=APP, route_prefix="/", blocking=False)
+    tell("ready")
+    while True:
+        time.sleep(3600)
+
+
+def start_ray(settings: Settings) -> None:
+    """Join the cluster that is named, or start one that is reachable from this machine only."""
+    log_to_driver = settings.observability.log_level == "debug"
+    if settings.ray_address:
+        ray.init(address=settings.ray_address, log_to_driver=log_to_driver, logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=settings.observability.ray_dashboard,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=log_to_driver,
+        logging_level=logging.WARNING,
+        _node_ip_address=LOOPBACK,
+    )
+
+
+def stop(settings: Settings) -> None:
+    """End what was started here: the whole of a local Ray, or the application on a cluster that stays."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not ray.is_initialized():
+        return
+    if settings.ray_address:
+        # The controller goes on with it on its own; draining may take longer than anybody wants to wait here.
+        deleting = threading.Thread(target=serve.delete, args=(APP,), daemon=True)
+        deleting.start()
+        deleting.join(STOP_SECONDS)
+    ray.shutdown()
+
+
+def cluster_hardware(address: str) -> Hardware:
+    """What a running Ray cluster is made of. Raises QwenRayError when there is none at `address`."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise QwenRayError(f"No Ray cluster answers at {address}: {error}") from error
+    try:
+        return hardware()
+    finally:
+        ray.shutdown()
+
+
+def tell(event: str, **details: Any) -> None:
+    sys.stdout.write(json.dumps({"event": event, **details}) + "\n")
+    sys.stdout.flush()
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _stop_with_stdin() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
