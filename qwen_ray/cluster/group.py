@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 PLACEMENT_SECONDS = 60.0
 FAREWELL_SECONDS = 2.0  # for ranks to let go in peace; then they are killed
 KILL_SECONDS = 3.0
+BLAME_SECONDS = 0.1
 
 
 class _Rank:
@@ -184,7 +185,8 @@ class RankGroup:
                     rank.progress = message
                     self._report_progress()
                 case Failed():
-                    self._fail(hello.rank, message.reason)
+                    # A rank that dies makes its peers raise: give the news of a death time to come first.
+                    asyncio.get_running_loop().call_later(BLAME_SECONDS, self._fail, hello.rank, message.reason)
                 case Released():
                     rank.released.set()
                 case _:

@@ -1,0 +1,234 @@
+"""Groups of rank actors on a real local Ray: the same tokens as transformers, and every way to end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group_table
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_ray.cluster.executor import RayExecutor
+from qwen_ray.cluster.group import RankGroup
+from qwen_ray.core.errors import CheckpointError, PlanRefused, RankFailed
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
+from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
+from qwen_ray.core.step import Chunk, NewSequence, StepBatch
+from qwen_ray.engine.engine import Engine
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+PROMPTS = [(5, 9, 200, 17), tuple(range(2, 40)), (7,) * 9]
+NUM_TOKENS = 12
+ONE_TOKEN = NewSequence(
+    sequence_id=1, token_ids=(5,), num_prompt_tokens=1, sampling=SamplingParams(), seed=0, stop_token_ids=()
+)
+STEP = StepBatch(step_id=1, new=(ONE_TOKEN,), chunks=(Chunk(sequence_id=1, start=0, count=1, new_blocks=(0,)),))
+STEP_OF_A_STRANGER = StepBatch(step_id=1, chunks=(Chunk(sequence_id=99, start=0, count=1),))
+
+# Ray's workers cannot import a test module: they get its classes by value.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of 3 layers, 6 heads and 2 KV heads, in float32."""
+    path = tmp_path_factory.mktemp("tiny-qwen2")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=320,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+        )
+    )
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    """transformers' greedy continuation of each prompt."""
+    model = Qwen2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ends: list[list[int]] = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(  # pyright: ignore[reportCallIssue]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        ends.append(out[0, len(prompt) :].tolist())
+    return ends
+
+
+def make_spec(path: Path, *, tp: int = 1, pp: int = 1) -> ReplicaSpec:
+    config = ModelConfig.from_dict(json.loads((path / "config.json").read_text()))
+    return ReplicaSpec(
+        name="tiny",
+        path=str(path),
+        config=config,
+        plan=ParallelPlan.of(config, tp=tp, pp=pp),
+        engine=EngineConfig(
+            num_blocks=32, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, depth=max(1, pp)
+        ),
+        dtype="float32",
+    )
+
+
+@asynccontextmanager
+async def running(spec: ReplicaSpec, **options: Any) -> AsyncIterator[RankGroup]:
+    group = await RankGroup.start(spec, **options)
+    try:
+        yield group
+    finally:
+        await group.stop()
+
+
+async def generate(group: RankGroup) -> list[list[int]]:
+    """All PROMPTS at once through the engine, greedily."""
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+    left = set(tokens)
+
+    def publish(deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            assert delta.error is None, delta.error
+            tokens[delta.request_id].extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                left.discard(delta.request_id)
+        if not left:
+            engine.stop()
+
+    engine = Engine(group.spec.engine, RayExecutor(group), publish)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(GenerateRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, seed=0))
+    await asyncio.wait_for(engine.run(), 120)
+    return list(tokens.values())
+
+
+def is_alive(pid: int) -> bool:
+    """Of a process that is there and no zombie waiting to be reaped by its raylet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def until(holds: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether `holds()` comes true in time."""
+    for _ in range(int(seconds / 0.05)):
+        if holds():
+            return True
+        await asyncio.sleep(0.05)
+    return holds()
+
+
+def everything_is_free() -> bool:
+    states = {table["state"] for table in placement_group_table().values()}
+    return states <= {"REMOVED"} and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (3, 2)])
+async def test_same_tokens_as_transformers_and_nothing_left(
+    checkpoint: Path, expected: list[list[int]], tp: int, pp: int
+) -> None:
+    progress: list[tuple[int, int]] = []
+    async with running(
+        make_spec(checkpoint, tp=tp, pp=pp), on_progress=lambda done, total: progress.append((done, total))
+    ) as group:
+        assert await generate(group) == expected
+        stats = await group.stats()
+        assert [(s.rank, s.stage, s.tp_rank) for s in stats] == [(r, *divmod(r, tp)) for r in range(tp * pp)]
+        assert len({s.pid for s in stats}) == tp * pp
+        assert all(s.num_steps > 0 for s in stats)
+        # Every rank says when it is done: the last word is about all bytes of all shards.
+        assert progress[-1] == (sum(s.weights_bytes for s in stats),) * 2
+    assert await until(lambda: not any(is_alive(s.pid) for s in stats))
+    assert await until(everything_is_free)
+
+
+async def test_killed_rank_fails_what_is_in_flight_and_what_comes_later(checkpoint: Path) -> None:
+    async with running(make_spec(checkpoint, tp=2)) as group:
+        executor = RayExecutor(group)
+        stats = await group.stats()
+        os.kill(stats[0].pid, signal.SIGSTOP)  # the rank that answers: the step stays in flight
+        step = executor.submit(STEP)
+        os.kill(stats[0].pid, signal.SIGKILL)
+        with pytest.raises(RankFailed, match="rank 0 failed: its process ended"):
+            await asyncio.wait_for(step, 20)
+        with pytest.raises(RankFailed, match="rank 0"):
+            await executor.submit(replace(STEP, step_id=2))
+        assert group.failure is not None
+        assert [s.rank for s in await group.stats()] == [1]
+    assert await until(lambda: not is_alive(stats[1].pid))
+
+
+async def test_step_that_raises_fails_the_group_and_leaves_the_rank_to_be_asked(checkpoint: Path) -> None:
+    async with running(make_spec(checkpoint)) as group:
+        with pytest.raises(RankFailed, match="rank 0 failed: KeyError: 99"):
+            await asyncio.wait_for(RayExecutor(group).submit(STEP_OF_A_STRANGER), 20)
+        (stats,) = await group.stats()
+        assert is_alive(stats.pid)
+    assert await until(lambda: not is_alive(stats.pid))
+
+
+async def test_missing_tensor_is_a_checkpoint_error_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        await RankGroup.start(make_spec(tmp_path, pp=2))
+    assert await until(everything_is_free)
+
+
+async def test_no_place_is_refused_with_what_is_missing(checkpoint: Path) -> None:
+    spec = replace(make_spec(checkpoint, tp=2), device="cuda")
+    with pytest.raises(PlanRefused, match=r"Needed: 1 time 0\.1 CPU, 2 GPU, each on one node; free: .* 0 GPU"):
+        await RankGroup.start(spec, placement_seconds=0.2)
+    assert await until(everything_is_free)
+
+
+async def test_ranks_end_with_the_process_that_owns_them(checkpoint: Path) -> None:
+    # Detached, as Serve's replicas are: a placement group ends with a detached creator, but with another's whole job.
+    owner_class = ray.remote(Owner).options(num_cpus=0.1, name="owner", lifetime="detached")
+    owner = owner_class.remote(make_spec(checkpoint, tp=2))
+    owner_pid, *rank_pids = await owner.pids.remote()
+    os.kill(owner_pid, signal.SIGKILL)
+    assert await until(lambda: not any(is_alive(pid) for pid in rank_pids))
+    assert await until(everything_is_free)
+
+
+class Owner:
+    """A process that has a group and will be killed."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self._spec = spec
+
+    async def pids(self) -> list[int]:
+        self._group = await RankGroup.start(self._spec)
+        return [os.getpid(), *(s.pid for s in await self._group.stats())]
