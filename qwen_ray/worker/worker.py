@@ -8,7 +8,6 @@ a group go through these together. Not thread-safe, `abort` and `stats` excepted
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import platform
@@ -197,6 +196,5 @@ def memory_bytes(device: torch.device) -> int:
 
 def give_back_memory() -> None:
     """Return what was freed to the system: glibc would keep it, and the rank would hold more than was planned."""
-    gc.collect()
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
