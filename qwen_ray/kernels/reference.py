@@ -5,6 +5,8 @@ Knows tensors. Knows no sequences, layers, shards or devices: each operation run
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -46,30 +48,42 @@ def store_kv(
     v_cache.flatten(0, 1).index_copy_(0, slots, v)
 
 
-def paged_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    context_lens: torch.Tensor,
-    query_lens_list: tuple[int, ...],
-    context_lens_list: tuple[int, ...],
-    scale: float,
-) -> torch.Tensor:
-    """Causal attention of each sequence's last tokens over all its cached ones, itself among them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """What attention needs to know of a step, the same for all layers. See `layers/batch.py` for the fields."""
 
-    q [T, heads, D]: sequence s has `query_lens_list[s]` rows, laid end to end, the last tokens of its context of
-    `context_lens_list[s]`. block_tables [S, max blocks]. Returns [T, heads, D]. The tensors `query_starts` [S + 1] and
-    `context_lens` [S] say the same on the device. Each sequence is computed alone: neighbours do not change its bits.
+    block_tables: torch.Tensor
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    block_size: int
+
+
+def plan_attention(
+    block_tables: torch.Tensor, query_lens: tuple[int, ...], context_lens: tuple[int, ...], block_size: int
+) -> AttentionPlan:
+    """Prepare a step, once for all its layers.
+
+    block_tables [S, max blocks]: where each sequence's tokens are cached. Sequence s has `query_lens[s]` rows of q,
+    laid end to end, which are the last of its `context_lens[s]` tokens.
     """
-    block_size, num_kv_heads = k_cache.shape[1:3]
-    group = q.shape[1] // num_kv_heads
+    return AttentionPlan(
+        block_tables=block_tables, query_lens=query_lens, context_lens=context_lens, block_size=block_size
+    )
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """Causal attention of each sequence's new tokens over all its cached ones, themselves among them.
+
+    q [T, heads, D], caches [blocks, block size, KV heads, D]; returns [T, heads, D]. Each sequence is computed alone:
+    neighbours do not change its bits, nor does anything in the cache that is not its own.
+    """
+    group = q.shape[1] // k_cache.shape[2]
     outputs: list[torch.Tensor] = []
-    for s, rows in enumerate(q.split(query_lens_list)):
-        length = context_lens_list[s]
-        blocks = block_tables[s, : -(-length // block_size)]
+    for s, rows in enumerate(q.split(plan.query_lens)):
+        length = plan.context_lens[s]
+        blocks = plan.block_tables[s, : -(-length // plan.block_size)]
         k = k_cache[blocks].flatten(0, 1)[:length].repeat_interleave(group, dim=1)  # [context, heads, D]
         v = v_cache[blocks].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,chd->hqc", rows, k).float() * scale

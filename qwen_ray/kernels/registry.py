@@ -6,7 +6,7 @@ Knows devices. Everything behind a name here does exactly what `reference.py` sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,18 +16,28 @@ from qwen_ray.kernels import reference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """The operations of one device; see `reference.py` for what each takes and gives."""
+    """The operations of one device; see `reference.py` for what each takes and gives.
+
+    A plan of `plan_attention` is for `paged_attention` of the same kernels alone.
+    """
 
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
     store_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-    paged_attention: Callable[..., Any]
+    plan_attention: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...], int], Any]
+    paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
 
     @classmethod
     def of(cls, device: torch.device) -> Kernels:
         """The fastest that `device` has."""
+        if device.type == "cpu":
+            from qwen_ray.kernels.cpu import attention
+
+            return replace(
+                REFERENCE, plan_attention=attention.plan_attention, paged_attention=attention.paged_attention
+            )
         return REFERENCE
 
 
@@ -37,5 +47,6 @@ REFERENCE = Kernels(
     rotate=reference.rotate,
     silu_and_mul=reference.silu_and_mul,
     store_kv=reference.store_kv,
+    plan_attention=reference.plan_attention,
     paged_attention=reference.paged_attention,
 )

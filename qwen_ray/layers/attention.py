@@ -6,16 +6,26 @@ before the first forward pass.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.layers.batch import ForwardBatch
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear
 from qwen_ray.layers.site import Site
 
-Angles = tuple[torch.Tensor, torch.Tensor]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionStep:
+    """What all attention layers share in a step: rotary angles, where keys and values go, what is attended to."""
+
+    cos: torch.Tensor  # [T, head_dim / 2]
+    sin: torch.Tensor
+    slots: torch.Tensor  # [T]
+    plan: Any  # of Kernels.plan_attention
 
 
 class Attention(nn.Module):
@@ -39,24 +49,14 @@ class Attention(nn.Module):
         self.qkv_proj = ColumnParallelLinear(site, config.hidden_size, parts, bias=config.qkv_bias)
         self.o_proj = RowParallelLinear(site, config.q_size, queries, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, angles: Angles, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: AttentionStep) -> torch.Tensor:
         """[T, hidden] to [T, hidden]; writes T keys and values into the cache."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # each [T, heads, D]
-        q, k = self._kernels.rotate(q, k, *angles)
+        q, k = self._kernels.rotate(q, k, step.cos, step.sin)
         k_cache, v_cache = self.kv_cache
-        self._kernels.store_kv(k, v, k_cache, v_cache, batch.slots)
-        out = self._kernels.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            block_tables=batch.block_tables,
-            query_starts=batch.query_starts,
-            context_lens=batch.context_lens,
-            query_lens_list=batch.query_lens_list,
-            context_lens_list=batch.context_lens_list,
-            scale=self._scale,
-        )
+        self._kernels.store_kv(k, v, k_cache, v_cache, step.slots)
+        out = self._kernels.paged_attention(q, k_cache, v_cache, step.plan, self._scale)
         return self.o_proj(out.flatten(1))
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.layers.attention import Angles, Attention
-from qwen_ray.layers.batch import ForwardBatch
+from qwen_ray.layers.attention import Attention, AttentionStep
 from qwen_ray.layers.mlp import Mlp
 from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.layers.site import Site
@@ -21,7 +20,7 @@ class Qwen2Layer(DecoderLayer):
         self.post_attention_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config, site)
 
-    def forward(self, x: torch.Tensor, angles: Angles, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: AttentionStep) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, batch)
+        x = x + self.self_attn(self.input_layernorm(x), step)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.layers.attention import Attention
+from qwen_ray.layers.attention import Attention, AttentionStep
 from qwen_ray.layers.batch import ForwardBatch
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.embedding import Embedding, Head, VocabMatrix
@@ -50,6 +50,7 @@ class Stage(nn.Module):
         self.config = config
         self.shard = shard = site.shard
         self._groups = site.groups
+        self._plan_attention = site.kernels.plan_attention
         self._dtype = site.dtype
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(site, vocab, hidden) if shard.is_first else None
@@ -66,13 +67,19 @@ class Stage(nn.Module):
             x = self.embed_tokens(batch.token_ids)
         else:
             x = self._groups.receive((batch.num_tokens, self.config.hidden_size), self._dtype)
-        angles = self.rotary(batch.positions)
+        step = self._attention_step(batch)
         for layer in self.layers:
-            x = layer(x, angles, batch)
+            x = layer(x, step)
         if self.norm is None or self.lm_head is None:
             self._groups.send(x)
             return None
         return self.lm_head(self.norm(x[batch.logit_rows]))
+
+    def _attention_step(self, batch: ForwardBatch) -> AttentionStep:
+        cos, sin = self.rotary(batch.positions)
+        block_size = self.attentions[0].kv_cache[0].shape[1]
+        plan = self._plan_attention(batch.block_tables, batch.query_lens_list, batch.context_lens_list, block_size)
+        return AttentionStep(cos=cos, sin=sin, slots=batch.slots, plan=plan)
 
     @torch.inference_mode()
     def load(self, checkpoint: Checkpoint) -> None:

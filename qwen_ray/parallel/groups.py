@@ -57,7 +57,9 @@ class Groups:
         )
         meeting = Meeting(shard, PrefixStore(rendezvous.name, store), local_address(host, int(port)), device, timeout)
         previous, following = meeting.pipes()
-        return cls(meeting.tensor_group(), device=device, previous=previous, following=following, store=store)
+        tensor = meeting.tensor_group()
+        meeting.end()
+        return cls(tensor, device=device, previous=previous, following=following, store=store)
 
     def send(self, x: torch.Tensor) -> None:
         """Send x to the next stage; may return before it has arrived."""
@@ -116,6 +118,12 @@ class Meeting:
         listener = Listener(self._store, incoming, self._address) if receives else None
         following = connect(self._store, outgoing, self._timeout) if sends else None
         return listener.accept(self._timeout) if listener else None, following
+
+    def end(self) -> None:
+        """Rank 0 stays until all others need its store no more: it may be closed right after."""
+        self._store.set(f"joined{self._shard.rank}", "yes")
+        if self._shard.rank == 0:
+            self._store.wait([f"joined{rank}" for rank in range(self._shard.world_size)])
 
     def _nccl(self, store: Store, rank: int, size: int) -> Connection:
         options = dist.ProcessGroupNCCL.Options()

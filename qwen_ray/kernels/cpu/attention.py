@@ -1,0 +1,118 @@
+"""Paged attention on CPU, through torch's fused attention.
+
+One-token sequences go together. What each is padded to depends on its own length alone, so that neighbours do not
+change its bits; the padding repeats its own first token, so that nothing foreign is ever read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qwen_ray.kernels.reference import causal_mask
+
+SHORTEST = 64  # tokens that a one-token sequence's context is padded to at least
+STEP = 512  # above this it is padded to multiples of it, the fused kernel's own block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decodes:
+    """B sequences of one new token each, their contexts padded to L tokens."""
+
+    rows: torch.Tensor  # [B] of q
+    slots: torch.Tensor  # [B * L]
+    seen: torch.Tensor  # [B, 1, 1, L] bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """A chunk of one sequence."""
+
+    rows: slice  # of q
+    slots: torch.Tensor  # [context]
+    seen: torch.Tensor | None  # [queries, context] bool; None: the chunk is the whole context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    decodes: tuple[Decodes, ...]
+    prefills: tuple[Prefill, ...]
+
+
+def plan_attention(
+    block_tables: torch.Tensor, query_lens: tuple[int, ...], context_lens: tuple[int, ...], block_size: int
+) -> AttentionPlan:
+    """As `reference.plan_attention`."""
+    prefills: list[Prefill] = []
+    by_padding: dict[int, list[tuple[int, int]]] = defaultdict(list)  # padded length: (sequence, row)
+    row = 0
+    for s, (count, length) in enumerate(zip(query_lens, context_lens, strict=True)):
+        if count == 1:
+            by_padding[padded(length)].append((s, row))
+        else:
+            seen = None if count == length else causal_mask(count, length, block_tables.device)
+            slots = _slots(block_tables[s], torch.arange(length), block_size)
+            prefills.append(Prefill(rows=slice(row, row + count), slots=slots, seen=seen))
+        row += count
+    lens = torch.tensor(context_lens)
+    decodes = [_plan_decodes(block_tables, lens, block_size, size, group) for size, group in by_padding.items()]
+    return AttentionPlan(decodes=tuple(decodes), prefills=tuple(prefills))
+
+
+def _plan_decodes(
+    block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, size: int, group: list[tuple[int, int]]
+) -> Decodes:
+    sequences, rows = torch.tensor(group).unbind(1)
+    positions = torch.arange(size).expand(len(group), size)
+    seen = positions < context_lens[sequences].unsqueeze(1)
+    slots = _slots(block_tables[sequences], torch.where(seen, positions, 0), block_size)
+    return Decodes(rows=rows, slots=slots.flatten(), seen=seen[:, None, None, :])
+
+
+def _slots(tables: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Where the tokens at `positions` [..., n] of sequences with block tables [..., blocks] are cached, [..., n]."""
+    return tables.gather(-1, positions // block_size) * block_size + positions % block_size
+
+
+def padded(length: int) -> int:
+    if length > STEP:
+        return -(-length // STEP) * STEP
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """As `reference.paged_attention`."""
+    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [slots, KV heads, D]
+    out = torch.empty_like(q)
+    for part in plan.decodes:
+        out[part.rows] = _decode(q[part.rows], keys[part.slots], values[part.slots], part.seen, scale)
+    for chunk in plan.prefills:
+        out[chunk.rows] = _prefill(q[chunk.rows], keys[chunk.slots], values[chunk.slots], chunk.seen, scale)
+    return out
+
+
+def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [B, heads, D], k and v [B * L, KV heads, D] to [B, heads, D]."""
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    # The query heads of a KV head stand in for queries: they see the same.
+    q = q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    k = k.view(batch, -1, num_kv_heads, head_dim).transpose(1, 2)  # [B, KV heads, L, D]
+    v = v.view(batch, -1, num_kv_heads, head_dim).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).reshape(batch, num_heads, head_dim)
+
+
+def _prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """q [queries, heads, D], k and v [context, KV heads, D] to [queries, heads, D]."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, D]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
