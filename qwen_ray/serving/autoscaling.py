@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from ray.serve.config import AutoscalingContext
+from typing import TYPE_CHECKING, Any
 
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.stats import EngineStats
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
 
 BACKLOG_STEPS = 4
 FULL_KV_USAGE = 0.9

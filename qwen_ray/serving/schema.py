@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qwen_ray.core.request import SamplingParams
 
@@ -154,7 +154,7 @@ class Message(BaseModel):
     def to_template(self) -> dict[str, Any]:
         """As chat templates want it: plain strings."""
         content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
         role = "system" if self.role == "developer" else self.role
         extra = {
             key: value
@@ -206,7 +206,13 @@ class ChatRequest(SamplingFields, Conversation):
         return self
 
 
-Prompt = str | list[str] | list[Count] | list[list[Count]]
+def _not_empty(value: Any) -> Any:
+    if value == []:
+        raise ValueError("must not be an empty list")
+    return value
+
+
+Prompt = Annotated[str | list[str] | list[Count] | list[list[Count]], AfterValidator(_not_empty)]
 
 
 class CompletionRequest(SamplingFields):
@@ -227,12 +233,6 @@ class CompletionRequest(SamplingFields):
         """One entry per prompt."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-
-    @model_validator(mode="after")
-    def _has_a_prompt(self) -> Self:
-        if self.prompt == []:
-            raise ValueError("prompt must not be an empty list")
-        return self
 
 
 class TokenizeRequest(Request):

@@ -1,0 +1,141 @@
+"""Recorders, and what several processes' expositions make when merged."""
+
+from __future__ import annotations
+
+import re
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from qwen_ray.core.stats import EngineStats, RankStats, RequestTimes, StepStats
+from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Owner
+from qwen_ray.metrics.exporter import exposition, merge
+from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
+
+
+def rank(number: int) -> RankStats:
+    return RankStats(rank=number, stage=0, tp_rank=number, pid=1, node="n", device="cpu", num_steps=7)
+
+
+def replica(name: str) -> ReplicaRecorder:
+    recorder = ReplicaRecorder("m", name)
+    recorder.ranks = [rank(0), rank(1)]
+    recorder.engine = EngineStats(num_running=3, num_blocks=10, num_used_blocks=5, block_size=16)
+    return recorder
+
+
+def values(text: str, sample: str) -> dict[tuple[tuple[str, str], ...], float]:
+    return {
+        tuple(sorted(found.labels.items())): found.value
+        for family in text_string_to_metric_families(text)
+        for found in family.samples
+        if found.name == sample
+    }
+
+
+def test_every_name_of_the_catalog_is_exported_once_with_its_labels() -> None:
+    ingress = IngressRecorder("m", "i")
+    ingress.http_request("/v1/models", 200)
+    text = merge([exposition(ingress.registry), exposition(replica("a").registry), exposition(replica("b").registry)])
+    assert len(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)) == len(
+        set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    )
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    owners: list[Owner] = ["ingress", "replica", "rank"]
+    for owner in owners:
+        for row in BY_OWNER[owner]:
+            family = families.pop(row.name.removesuffix("_total") if row.kind == "counter" else row.name)
+            assert family.type == row.kind, row.name
+            assert family.documentation == row.help
+            assert family.samples, row.name
+            for sample in family.samples:
+                assert set(sample.labels) - {"le"} == {*PROCESS_LABELS[owner], *row.labels}, row.name
+    assert families == {}
+
+
+def test_numbers_of_an_engine_and_its_ranks() -> None:
+    text = exposition(replica("a").registry)
+    assert list(values(text, "vllm:num_requests_running").values()) == [3]
+    assert list(values(text, "vllm:kv_cache_usage_perc").values()) == [0.5]
+    assert len(values(text, "qwen_ray_rank_steps_total")) == 2
+
+
+def test_steps_and_times_of_a_replica() -> None:
+    recorder = replica("a")
+    recorder.step(
+        StepStats(
+            num_sequences=2,
+            num_tokens=5,
+            num_output_tokens=1,
+            schedule_seconds=0.001,
+            step_seconds=0.5,
+            rank_seconds=0.4,
+        )
+    )
+    times = RequestTimes(
+        arrival=10,
+        first_scheduled=11,
+        first_token=13,
+        finished=20,
+        num_prompt_tokens=4,
+        num_output_tokens=3,
+        finish_reason="stop",
+    )
+    recorder.finished(times)
+    text = exposition(recorder.registry)
+    for name, expected in {
+        "qwen_ray_step_seconds_sum": 0.5,
+        "qwen_ray_step_transport_seconds_sum": 0.1,
+        "vllm:iteration_tokens_total_sum": 5,
+        "vllm:request_queue_time_seconds_sum": 1,
+        "vllm:request_prefill_time_seconds_sum": 2,
+        "vllm:request_decode_time_seconds_sum": 7,
+        "vllm:request_inference_time_seconds_sum": 9,
+    }.items():
+        (value,) = values(text, name).values()
+        assert abs(value - expected) < 1e-9, name
+
+
+def test_a_sequence_that_ended_in_the_queue_has_no_times() -> None:
+    recorder = replica("a")
+    recorder.finished(
+        RequestTimes(
+            arrival=10,
+            first_scheduled=0,
+            first_token=0,
+            finished=20,
+            num_prompt_tokens=4,
+            num_output_tokens=0,
+            finish_reason="abort",
+        )
+    )
+    assert list(values(exposition(recorder.registry), "vllm:request_queue_time_seconds_count").values()) == [0]
+
+
+def test_sequences_as_an_ingress_sees_them() -> None:
+    recorder = IngressRecorder("m", "i")
+    recorder.first_tokens(0.25, num_prompt_tokens=4, num_tokens=1)
+    recorder.next_tokens(0.5, num_tokens=2)
+    recorder.finished(
+        RequestTimes(
+            arrival=10,
+            first_scheduled=10.5,
+            first_token=11,
+            finished=13,
+            num_prompt_tokens=4,
+            num_output_tokens=3,
+            finish_reason="length",
+        )
+    )
+    text = exposition(recorder.registry)
+    assert list(values(text, "vllm:inter_token_latency_seconds_count").values()) == [2]
+    assert list(values(text, "vllm:inter_token_latency_seconds_sum").values()) == [0.5]
+    assert list(values(text, "vllm:generation_tokens_total").values()) == [3]
+    assert list(values(text, "vllm:request_time_per_output_token_seconds_sum").values()) == [1]
+    reasons = {
+        dict(labels)["finished_reason"]: value for labels, value in values(text, "vllm:request_success_total").items()
+    }
+    assert reasons == {"stop": 0, "length": 1, "abort": 0, "error": 0}
+
+
+def test_merging_nothing() -> None:
+    assert merge(["", ""]) == "\n"
