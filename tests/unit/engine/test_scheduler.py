@@ -1,97 +1,20 @@
-"""The scheduler against ranks that notice every wrong block, under any order of events."""
+"""What the scheduler does in each situation that has a name; any order of them: test_any_order.py."""
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from qwen_ray.core.plan import EngineConfig
-from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
-from qwen_ray.core.stats import RequestTimes
-from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.core.request import GenerateRequest, TokenDelta
+from qwen_ray.core.step import StepResult
 from qwen_ray.engine.scheduler import Scheduler
-from tests.unit.engine.fake_ranks import POISON, FakeRanks, alone
+from tests.unit.engine.fake_ranks import POISON, alone
+from tests.unit.engine.harness import Harness, request
 
 SMALL = EngineConfig(num_blocks=8, block_size=4, max_model_len=40, max_num_seqs=4, max_num_batched_tokens=16)
-
-
-def request(name: str, prompt: list[int] | range, *, max_tokens: int | None = 8, seed: int = 1) -> GenerateRequest:
-    return GenerateRequest(
-        request_id=name, prompt_token_ids=tuple(prompt), sampling=SamplingParams(max_tokens=max_tokens), seed=seed
-    )
-
-
-class Harness:
-    """A scheduler, its ranks, and what came out for every request."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.times: list[RequestTimes] = []
-        self.scheduler = Scheduler(config, self.times.append)
-        self.ranks = FakeRanks(config)
-        self.inflight: deque[tuple[StepBatch, StepResult]] = deque()
-        self.requests: dict[str, GenerateRequest] = {}
-        self.deltas: dict[str, list[TokenDelta]] = {}
-        self.aborted: set[str] = set()
-
-    def add(self, *requests: GenerateRequest) -> None:
-        for one in requests:
-            self.scheduler.add(one)
-            self.requests[one.request_id] = one
-            self.deltas[one.request_id] = []
-
-    def submit(self) -> bool:
-        batch = self.scheduler.schedule()
-        if batch is not None:
-            self.inflight.append((batch, self.ranks.execute(batch)))
-        self._take(self.scheduler.take_deltas())
-        return batch is not None
-
-    def finish(self) -> None:
-        self._take(self.scheduler.update(*self.inflight.popleft()))
-
-    def step(self) -> None:
-        while len(self.inflight) < self.config.depth and self.submit():
-            pass
-        assert self.inflight or self.scheduler.is_idle, "work, but nothing planned"
-        if self.inflight:
-            self.finish()
-
-    def drain(self) -> None:
-        while not self.scheduler.is_idle:
-            self.step()
-        while self.inflight:
-            self.finish()
-        self._take(self.scheduler.take_deltas())
-
-    def output(self, name: str) -> list[int]:
-        return [token for delta in self.deltas[name] for token in delta.token_ids]
-
-    def check_ended(self) -> None:
-        """Everything ended exactly once, with the tokens it would have had alone, and all blocks are back."""
-        for name, one in self.requests.items():
-            reasons = [delta.finish_reason for delta in self.deltas[name] if delta.finish_reason]
-            tokens, reason = alone(one, self.config)
-            tokens = tokens[len(one.output_token_ids) :]
-            assert len(reasons) == 1, f"{name} ended {reasons}"
-            assert self.deltas[name][-1].finish_reason
-            if name in self.aborted:
-                assert self.output(name) == tokens[: len(self.output(name))]
-            else:
-                assert (self.output(name), reasons) == (tokens, [reason])
-        self.scheduler.pool.check([])
-        assert self.scheduler.pool.num_free == self.config.num_blocks
-        assert len(self.times) == len(self.requests)
-
-    def _take(self, deltas: list[TokenDelta]) -> None:
-        for delta in deltas:
-            self.deltas[delta.request_id].append(delta)
 
 
 def run(config: EngineConfig, *requests: GenerateRequest) -> Harness:
@@ -138,9 +61,8 @@ def test_the_last_prompt_token_is_computed_even_if_all_of_it_is_known() -> None:
 
 
 def test_prompt_logprobs_are_collected_over_chunks_and_turn_hits_off() -> None:
-    harness = run(SMALL, request("a", range(12)))
+    harness = run(replace(SMALL, max_num_batched_tokens=5), request("a", range(12)))
     asking = request("b", range(12))
-    harness.config = replace(SMALL, max_num_batched_tokens=5)
     harness.add(replace(asking, sampling=replace(asking.sampling, prompt_logprobs=0, logprobs=0)))
     harness.drain()
     harness.check_ended()
@@ -237,6 +159,15 @@ def test_a_token_that_the_ranks_did_not_send_is_an_error() -> None:
     assert delta.finish_reason == "error"
 
 
+def test_the_last_delta_carries_the_token_that_ended_it_and_names_it() -> None:
+    whole = request("whole", range(6))
+    tokens, _ = alone(whole, SMALL)
+    harness = run(SMALL, whole, replace(whole, request_id="stopped", stop_token_ids=(tokens[3],)))
+    last = harness.deltas["stopped"][-1]
+    assert (last.token_ids, last.finish_reason, last.stop_token_id) == ((tokens[3],), "stop", tokens[3])
+    assert harness.deltas["whole"][-1].stop_token_id is None
+
+
 def test_max_tokens_counts_what_another_replica_generated() -> None:
     whole = request("whole", range(6), max_tokens=8)
     tokens, _ = alone(whole, SMALL)
@@ -302,115 +233,3 @@ def test_after_a_reset_everything_runs_again_from_its_tokens_so_far() -> None:
     assert harness.scheduler.stats().num_running == 0
     harness.drain()
     harness.check_ended()
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Arrivals, aborts, steps and failures in any order, over few blocks and prompts that share their beginnings."""
-
-    @initialize(
-        depth=st.integers(1, 3),
-        num_blocks=st.integers(3, 12),
-        block_size=st.sampled_from([1, 2, 4]),
-        max_num_seqs=st.integers(1, 5),
-        budget=st.integers(1, 12),
-        caching=st.booleans(),
-    )
-    def begin(
-        self, depth: int, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool
-    ) -> None:
-        self.harness = Harness(
-            EngineConfig(
-                num_blocks=num_blocks,
-                block_size=block_size,
-                max_model_len=24,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=budget,
-                max_num_waiting=6,
-                enable_prefix_caching=caching,
-                depth=depth,
-            )
-        )
-
-    @rule(
-        shared=st.integers(0, 8),
-        own=st.lists(st.integers(0, 3), min_size=1, max_size=6),
-        earlier=st.sampled_from([0, 0, 0, 2]),
-        max_tokens=st.one_of(st.none(), st.integers(3, 20)),
-        min_tokens=st.integers(0, 3),
-        priority=st.sampled_from([0, 0, 0, -1, 1]),
-        seed=st.sampled_from([1, 2, 3, 4, 5, POISON]),
-        prompt_logprobs=st.sampled_from([None, None, None, 0]),
-    )
-    def arrive(
-        self,
-        shared: int,
-        own: list[int],
-        earlier: int,
-        max_tokens: int | None,
-        min_tokens: int,
-        priority: int,
-        seed: int,
-        prompt_logprobs: int | None,
-    ) -> None:
-        new = GenerateRequest(
-            request_id=f"r{len(self.harness.requests)}",
-            prompt_token_ids=(*range(shared), *own),
-            sampling=SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs),
-            seed=seed,
-            stop_token_ids=(0, 1, 2),
-            priority=priority,
-        )
-        tokens, _ = alone(new, self.harness.config)
-        if len(tokens) > earlier:
-            new = new.resumed(tuple(tokens[:earlier]))
-        try:
-            self.harness.add(new)
-        except (ContextLengthExceeded, Overloaded):
-            assert new.request_id not in self.harness.requests
-
-    @precondition(lambda self: len(self.harness.inflight) < self.harness.config.depth)
-    @rule()
-    def submit(self) -> None:
-        self.harness.submit()
-
-    @precondition(lambda self: self.harness.inflight)
-    @rule()
-    def finish(self) -> None:
-        self.harness.finish()
-
-    @rule(steps=st.integers(1, 6))
-    def run_steps(self, steps: int) -> None:
-        for _ in range(steps):
-            self.harness.step()
-
-    @precondition(lambda self: not self.harness.scheduler.is_idle)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        alive = [s.request.request_id for s in (*self.harness.scheduler.waiting, *self.harness.scheduler.running)]
-        name = data.draw(st.sampled_from(sorted(alive)))
-        self.harness.aborted.add(name)
-        self.harness.scheduler.abort(name)
-
-    @rule(happens=st.sampled_from([False, False, False, True]))
-    def lose_ranks(self, happens: bool) -> None:
-        if happens:
-            self.harness.inflight.clear()
-            self.harness.ranks.restart()
-            self.harness.scheduler.reset()
-
-    @invariant()
-    def books_agree(self) -> None:
-        if hasattr(self, "harness"):
-            scheduler = self.harness.scheduler
-            scheduler.pool.check([seq.block_table for seq in scheduler.running])
-            assert all(not seq.block_table for seq in scheduler.waiting)
-            assert len(scheduler.running) <= self.harness.config.max_num_seqs
-
-    def teardown(self) -> None:
-        if hasattr(self, "harness"):
-            self.harness.drain()
-            self.harness.check_ended()
-
-
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
