@@ -32,16 +32,18 @@ def show_error(message: str) -> None:
 @contextmanager
 def progress_bars(*, quiet: bool = False) -> Iterator[ShowProgress]:
     """Bars for work that reports (label, done, total) and may change its label; plain lines at each tenth elsewhere."""
-    if quiet or not err.is_terminal:
+    if quiet or err.no_color or not err.is_terminal:
         yield _lines(quiet)
         return
     with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), console=err) as progress:
         tasks = {}
 
         def show(label: str, done: int, total: int) -> None:
+            # A single step has no share that is done: its bar pulses until it is over.
+            known_total = None if total == 1 and not done else total
             if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total)
-            progress.update(tasks[label], completed=done, total=total)
+                tasks[label] = progress.add_task(label, total=known_total)
+            progress.update(tasks[label], completed=done, total=known_total)
 
         yield show
 
@@ -51,8 +53,13 @@ def _lines(quiet: bool) -> ShowProgress:
 
     def show(label: str, done: int, total: int) -> None:
         tenth = done * 10 // max(total, 1)
-        if not quiet and tenth > shown.get(label, -1):
-            shown[label] = tenth
-            err.print(f"{label}: {tenth * 10} %")
+        if quiet or tenth <= shown.get(label, -1):
+            return
+        is_one_step = total == 1
+        if not is_one_step:
+            err.print(f"{label}: {tenth * 10} %", markup=False)
+        elif label not in shown:
+            err.print(f"{label} ...", markup=False)
+        shown[label] = tenth
 
     return show

@@ -103,7 +103,7 @@ def served_model(url: str, api_key: str | None = None) -> str:
         answer = httpx.get(f"{url}/v1/models", headers=_headers(api_key), timeout=10.0)
         answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, LookupError, ValueError) as error:
+    except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
         raise SourceError(
             f"No OpenAI endpoint answers at {url}: {error}. Is the server up (`qwen-ray serve`)?"
         ) from error

@@ -21,12 +21,13 @@ import httpx
 
 from qwen_ray.commands import process_tree
 from qwen_ray.commands.console import ShowProgress, err, out, progress_bars
+from qwen_ray.commands.ports import free_ports, port_is_free
 from qwen_ray.commands.pull import pull
 from qwen_ray.config import Settings
 from qwen_ray.core.errors import QwenRayError
 from qwen_ray.machine import this_machine
 from qwen_ray.planner.search import plan
-from qwen_ray.serving.environment import port_is_free, ray_environment
+from qwen_ray.serving.environment import ENVIRONMENT
 from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
 
@@ -60,7 +61,7 @@ def run_serve(settings: Settings) -> None:
             plan(plan_request(settings, model, config, this_machine(), dp=model.replicas.max)).require()
     is_ready = False
     with _signals_raise(), _log_file(settings) as log:
-        child = process_tree.start([sys.executable, "-m", "qwen_ray.serving.launch"], ray_environment(), log)
+        child = process_tree.start([sys.executable, "-m", "qwen_ray.serving.launch"], server_environment(), log)
         try:
             events = _talk(child, settings)
             _wait_until_ready(settings, child, events)
@@ -74,6 +75,17 @@ def run_serve(settings: Settings) -> None:
             process_tree.stop(child, seconds=STOP_SECONDS)
     if not is_ready:
         raise KeyboardInterrupt
+
+
+def server_environment() -> dict[str, str]:
+    """What the server process finds in its environment: HAProxy's own ports are free ones, so that two can run here."""
+    statistics, metrics = free_ports(2)
+    ports = {
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    }
+    return {**ENVIRONMENT, **ports}
 
 
 def _talk(child: subprocess.Popen[bytes], settings: Settings) -> queue.SimpleQueue[dict[str, Any]]:
@@ -112,6 +124,7 @@ def _wait_until_ready(
             _check(child, event)
             show(before, 1, 1)
             if event["event"] == "ready":
+                _show_loading(settings, show)
                 return
             before = STEPS[event["event"]]
             show(before, 0, 1)
@@ -140,6 +153,8 @@ def _show_loading(settings: Settings, show: ShowProgress) -> None:
     for index, replica in enumerate(replicas):
         if replica["bytes_total"]:
             show(f"loading weights of replica {index}", replica["bytes_done"], replica["bytes_total"])
+        if replica["stage"] in ("warming up", "ready"):
+            show(f"warming up replica {index}", int(replica["stage"] == "ready"), 1)
 
 
 def address(settings: Settings) -> str:
@@ -151,7 +166,12 @@ def address(settings: Settings) -> str:
 def _show_address(settings: Settings) -> None:
     name = settings.models[0].name
     body = json.dumps(
-        {"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True}
+        {
+            "model": name,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,
+            "stream": True,
+        }
     )
     out.print(f"\n{name} is served at {address(settings)}/v1 (Ctrl-C stops it). Try:\n", markup=False)
     out.print(

@@ -1,0 +1,134 @@
+"""The command line from the outside: exit codes, messages, and what is not imported."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_ray.cli import main
+
+COMMANDS = ("serve", "plan", "generate", "chat", "bench", "pull", "status", "version")
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A model's directory with nothing but a config."""
+    config = {
+        "model_type": "qwen2",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Usage" in shown
+    assert command == "version" or f"qwen-ray {command}" in shown.split("Options")[0].replace("Usage: qwen-ray", "")
+
+
+def test_plan_needs_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "Qwen/Qwen2.5-72B-Instruct", "--hardware", "8xH100-80G", "--json") == 0
+    chosen = json.loads(capsys.readouterr().out)["chosen"]
+    assert sum(chosen["weights_bytes_per_rank"]) == pytest.approx(145.4e9, rel=0.02)
+
+
+def test_a_refused_plan_shows_the_inequality(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "Qwen/Qwen2.5-72B-Instruct", "--hardware", "1xH100-80G") == 5
+    error = capsys.readouterr().err
+    assert "145.41 GB" in error
+    assert ">" in error
+
+
+def test_plan_of_a_directory_with_context_and_concurrency(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--hardware", "1xcpu-24G", "--context", "256", "--concurrency", "3", "--tp", "2", "--dtype", "float32")
+    assert run("plan", str(tiny), *flags, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["concurrency"], report["dtype"]) == (3, "float32")
+    assert (report["chosen"]["tp"], report["chosen"]["max_model_len"]) == (2, 256)
+
+
+def test_plan_for_this_machine(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("qwen_ray.cli.running_ray", lambda: None)
+    assert run("plan", str(tiny)) == 0
+    assert "Chosen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("plan", "demo", "--hardware", "1xToaster"), 2, "Toaster"),
+        (("plan", "Qwen/Qwen3-8B", "--hardware", "1xH100-80G", "--context", "long"), 2, "--context"),
+        (("pull", "/no/such/model"), 3, "/no/such/model"),
+        (("serve", "--port", "0"), 2, "http.port"),
+        (("serve", "-f", "/no/such/file.yaml"), 2, "/no/such/file.yaml"),
+        (("generate", "x", "--temperature", "9"), 1, "temperature"),
+        (("status", "--url", "http://127.0.0.1:9"), 1, "qwen-ray serve"),
+        (("bench", "--url", "http://127.0.0.1:9"), 3, "http://127.0.0.1:9"),
+        (("plan", "--no-such-flag"), 2, "no-such-flag"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(
+    arguments: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_serve_refuses_a_busy_port_before_anything_starts(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert run("serve", str(tiny), "--port", str(port)) == 1
+    error = capsys.readouterr().err
+    assert f"Port {port}" in error
+    assert "--port" in error
+
+
+def test_serve_refuses_what_cannot_fit_before_anything_starts(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", str(tiny), "--port", "18437", "--kv-cache-memory", "900T") == 5
+    assert "900000" in capsys.readouterr().err.replace(",", "").replace(".", "")
+
+
+def test_help_and_plan_import_neither_torch_nor_ray(tiny: Path) -> None:
+    script = f"""
+import sys
+from qwen_ray.cli import main
+for arguments in (["--help"], ["plan", {str(tiny)!r}, "--hardware", "1xH100-80G"], ["serve", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code, end.code
+import qwen_ray
+import qwen_ray.commands.serve
+found = {{"torch", "ray", "transformers", "numpy"}} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("version") == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
