@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from rank_processes import Ranks, free_address
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from worker_life import Life, live
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.core.plan import EngineConfig, ParallelPlan, Rendezvous, ReplicaSpec
+from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
 from qwen_ray.core.request import SamplingParams
-from qwen_ray.core.stats import RankStats
 from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
-from qwen_ray.worker.worker import Worker
 
 CONFIG = Qwen2Config(
     vocab_size=131,
@@ -30,28 +28,6 @@ CONFIG = Qwen2Config(
 )
 ENGINE = EngineConfig(num_blocks=24, block_size=4, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32)
 SAMPLED = SamplingParams(temperature=1.2, top_p=0.9, logprobs=2, prompt_logprobs=0, frequency_penalty=0.5)
-
-
-@dataclass(frozen=True)
-class Life:
-    """What one rank went through."""
-
-    results: list[StepResult | None]
-    stats: RankStats
-    progress: tuple[int, int]
-
-
-def live(rank: int, spec: ReplicaSpec, address: str, batches: list[StepBatch]) -> Life:
-    worker = Worker(spec, rank, Rendezvous(address=address, name="test-worker"))
-    seen = [(0, 0)]
-    try:
-        worker.join()
-        worker.load(lambda done, total: seen.append((done, total)))
-        worker.allocate()
-        results = [worker.execute(batch) for batch in batches]
-        return Life(results, worker.stats(), seen[-1])
-    finally:
-        worker.close()
 
 
 @pytest.fixture(scope="module")
