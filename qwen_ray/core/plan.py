@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from qwen_ray.core.errors import PlanRefused
@@ -37,6 +38,7 @@ class Span:
         return Span(self.start * factor, self.stop * factor)
 
 
+@lru_cache(maxsize=4096)  # the planner asks for the same splits thousands of times
 def split_evenly(total: int, parts: int) -> tuple[Span, ...]:
     """`parts` contiguous spans over `range(total)` whose lengths differ by at most one; the longer ones come first."""
     small, extra = divmod(total, parts)
@@ -141,6 +143,7 @@ class ParallelPlan:
         return tuple(self.shard(config, rank) for rank in range(self.world_size))
 
 
+@lru_cache(maxsize=1024)
 def split_heads(num_heads: int, num_kv_heads: int, tp: int) -> tuple[tuple[Span, Span], ...]:
     """(query heads, KV heads) of every tensor rank, for any `tp <= num_heads`.
 

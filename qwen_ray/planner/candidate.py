@@ -70,8 +70,10 @@ class PlanRequest:
     def context_limit(self) -> int:
         """Positions that the model was made for, or stretched to."""
         rope = self.config.rope
-        stretched = int((rope.original_max_position_embeddings or 0) * rope.factor) if rope.kind != "default" else 0
-        return max(self.config.max_position_embeddings, stretched)
+        # llama3 checkpoints state the stretched length, the others what the model was trained on.
+        if rope.kind not in ("yarn", "linear") or rope.original_max_position_embeddings is None:
+            return self.config.max_position_embeddings
+        return max(self.config.max_position_embeddings, int(rope.original_max_position_embeddings * rope.factor))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

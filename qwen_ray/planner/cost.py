@@ -2,8 +2,8 @@
 
 A rank's time is the longer of reading (weights, KV cache) and computing, at the part of the data sheet's rates that
 engines reach; the slowest rank of a stage rules, because each layer ends in an all-reduce. Knows nothing of memory
-limits. These are estimates for choosing between plans, not promises: against the published single-stream figures of
-Qwen2.5 on A100 (0.5B to 72B) they are within a third (a test holds them to it).
+limits. These are estimates for choosing between plans, not promises: a test holds them to within a third of published
+figures (Qwen2.5 0.5B to 72B, one stream on A100; Qwen3-8B loaded on H100). Published H20 figures are half of them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Efficiency:
 
 EFFICIENCY: dict[str, Efficiency] = {
     # Qwen's own vLLM table, A100, one stream (0.5B: 3.2 ms a token, 7B: 11.9, 14B: 21.6, 32B: 45.2): a line of 2 ms
-    # a step and 70 % of the bandwidth, which at 7B is 60 % in all. 40 % of the matrix rate: vLLM 0.30, Qwen3-8B on an
-    # H100, 1,024-token prompts, 24,000 prompt tokens/s. float32: 67 of 989 TFLOP/s in an H100's data sheet.
-    "cuda": Efficiency(bandwidth=0.7, flops=0.4, flops_float32=0.07, step_overhead=2e-3, collective_latency=10e-6),
+    # a step and 70 % of the bandwidth, which at 7B is 60 % in all. Half of the matrix rate: vLLM 0.30, Qwen3-8B on an
+    # H100, 24 requests/s of 1,024 + 128 tokens are 45 %, decoding included. float32: 67 of 989 TFLOP/s, data sheet.
+    "cuda": Efficiency(bandwidth=0.7, flops=0.5, flops_float32=0.07, step_overhead=2e-3, collective_latency=10e-6),
     # Two Xeon cores: 12 of 20 GB/s at one row; 0.3 to 1.1 of 1.2 TFLOP/s in large steps; float32 has no AMX.
     "cpu": Efficiency(bandwidth=0.6, flops=0.5, flops_float32=0.15, step_overhead=1e-3, collective_latency=20e-6),
 }
@@ -59,8 +59,8 @@ class StepLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Seconds. `ttft`: of one prompt on an idle replica. `tpot`: per token and stream, with `num_running` streams on each
-    replica. `tokens_per_s`: output tokens of all replicas, the prompts' work included.
+    """Seconds: `ttft` of one prompt on an idle replica, `tpot` per token and stream when `num_running` streams share
+    each replica. `tokens_per_s`: output tokens of all replicas, the prompts' work included.
     """
 
     ttft: float
@@ -103,10 +103,32 @@ def estimate(
         StepLoad(num_tokens=part, num_sequences=part, context=context, num_kv_tokens=part * context),
     )
     tpot = max(sum(decode), num_parts * max(decode))
-    busy = num_running * num_chunks * max(prefill) + output_len * tpot
+    busy = _prompt_seconds(config, plan, dtype, sites, num_running, prompt_len, max_num_batched_tokens)
+    busy += output_len * tpot
     return Estimate(
         ttft=ttft, tpot=tpot, tokens_per_s=plan.dp * num_running * output_len / busy, num_running=num_running
     )
+
+
+def _prompt_seconds(
+    config: ModelConfig,
+    plan: ParallelPlan,
+    dtype: str,
+    sites: tuple[Site, ...],
+    num_prompts: int,
+    prompt_len: int,
+    max_num_batched_tokens: int,
+) -> float:
+    """Time of the slowest stage for many prompts: they share steps, and stages overlap."""
+    num_steps = num_prompts * prompt_len / max_num_batched_tokens
+    num_tokens = math.ceil(num_prompts * prompt_len / max(1.0, num_steps))
+    load = StepLoad(
+        num_tokens=num_tokens,
+        num_sequences=math.ceil(num_tokens / prompt_len),
+        context=prompt_len / 2,
+        num_kv_tokens=max(prompt_len, num_tokens) / 2,
+    )
+    return max(1.0, num_steps) * max(stage_seconds(config, plan, dtype, sites, load))
 
 
 def stage_seconds(

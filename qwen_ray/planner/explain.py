@@ -56,7 +56,8 @@ def placement_lines(candidate: Candidate) -> list[str]:
     """The chosen plan in words: what each rank holds, and where it stands."""
     plan, engine = candidate.plan, candidate.engine
     lines = [
-        f"Chosen: tp={plan.tp} pp={plan.pp} dp={plan.dp}: {_count(plan.dp, 'replica')} of {_count(plan.world_size, 'rank')}, "
+        f"Chosen: tp={plan.tp} pp={plan.pp} dp={plan.dp}: "
+        f"{_count(plan.dp, 'replica')} of {_count(plan.world_size, 'rank')}, "
         f"{engine.max_model_len} tokens of context, {candidate.num_kv_tokens} tokens of KV cache a replica "
         f"({_count(candidate.max_sequences, 'sequence')} at full length)",
     ]

@@ -137,7 +137,9 @@ _SMOLLM2_135M = ModelConfig(
 
 
 def _names() -> dict[str, ModelConfig]:
-    names = {"demo": _SMOLLM2_135M, "smollm2-135m": _SMOLLM2_135M, "smollm2-135m-instruct": _SMOLLM2_135M}
+    # The demo's file is quantized: it has no dtype of its own, and its blocks dequantize to float32.
+    names = {"demo": replace(_SMOLLM2_135M, dtype="float32")}
+    names |= {"smollm2-135m": _SMOLLM2_135M, "smollm2-135m-instruct": _SMOLLM2_135M}
     for size, config in _QWEN2_5.items():
         base = replace(config, max_position_embeddings=131072) if size in _LONG_BASE else config
         names |= {f"qwen2.5-{size}": base, f"qwen2.5-{size}-instruct": config}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -45,12 +45,32 @@ class Pool:
 
 def evaluate(request: PlanRequest, tp: int, pp: int) -> Candidate:
     """The candidate of these degrees: placed and estimated, or with the reason why it cannot hold."""
+    contexts = _contexts(request)
+    candidate = _evaluate(request, tp, pp, next(contexts))
+    for context in contexts:
+        if candidate.fits:
+            break
+        candidate = _evaluate(request, tp, pp, context)
+    return candidate
+
+
+def _contexts(request: PlanRequest) -> Iterator[int]:
+    """Lengths to try. On CPU the activations grow with it: where it is not asked for, it is halved until they fit."""
+    context = request.max_model_len or request.context_limit
+    yield context
+    shortest = min(request.context_limit, request.prompt_len + request.output_len)
+    while request.kind == "cpu" and request.max_model_len is None and context > shortest:
+        context = max(context // 2, shortest)
+        yield context
+
+
+def _evaluate(request: PlanRequest, tp: int, pp: int, context: int) -> Candidate:
     config, nodes, kind = request.config, request.hardware.nodes, request.kind
     plan = ParallelPlan.of(config, tp=tp, pp=pp, dp=request.dp or 1)
     engine = EngineConfig(
         num_blocks=0,
         block_size=request.block_size,
-        max_model_len=request.max_model_len or request.context_limit,
+        max_model_len=context,
         max_num_seqs=request.max_num_seqs,
         max_num_batched_tokens=request.max_num_batched_tokens,
         max_num_waiting=request.max_num_waiting,
@@ -72,8 +92,9 @@ def evaluate(request: PlanRequest, tp: int, pp: int) -> Candidate:
         return replace(draft, reason=contradiction)
     pools = _pools_of_gpus(draft, replicas) if kind == "cuda" else _pools_of_nodes(draft, replicas)
     # The replicas that have most room; on GPUs those that have too little are left out.
-    order = sorted(range(len(replicas)), key=lambda i: -pools[i].num_blocks)
-    kept = [i for i in order[: request.dp] if pools[i].num_blocks >= needed]
+    rooms = [pool.num_blocks for pool in pools]
+    order = sorted(range(len(replicas)), key=lambda i: -rooms[i])
+    kept = [i for i in order[: request.dp] if rooms[i] >= needed]
     tightest = pools[kept[-1] if kept else order[0]]
     draft = replace(draft, usable_bytes=tightest.usable, needed_bytes=tightest.needed(needed))
     if len(kept) < plan.dp:
@@ -202,35 +223,38 @@ def _threads(request: PlanRequest, tp: int, replicas: Sequence[Replica]) -> int:
 def _estimate(fitted: Candidate) -> Estimate:
     """Of the slowest replica, for all of them."""
     request, engine, plan = fitted.request, fitted.engine, fitted.plan
-    nodes, load = request.hardware.nodes, _ranks_on(fitted.placement, plan.tp)
     output_len = min(request.output_len, max(1, engine.max_model_len // 2))
     prompt_len = max(1, min(request.prompt_len, engine.max_model_len - output_len))
     wanted = math.ceil(request.concurrency / plan.dp)
     room = engine.num_kv_tokens // (prompt_len + output_len)
-    found: dict[tuple[object, ...], Estimate] = {}
-    for replica in fitted.placement:
-        sites = tuple(
-            Site(
-                node=nodes[i],
-                index=i,
-                ranks_per_device=max(1.0, load[i] / nodes[i].num_devices) if request.kind == "cpu" else 1.0,
-            )
-            for i in replica
+    found = [
+        estimate(
+            request.config,
+            plan,
+            request.compute_dtype,
+            sites,
+            num_running=max(1, min(wanted, engine.max_num_seqs, room)),
+            prompt_len=prompt_len,
+            output_len=output_len,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
         )
+        for sites in _unlike_sites(fitted)
+    ]
+    return max(found, key=lambda one: one.tpot)
+
+
+def _unlike_sites(fitted: Candidate) -> Iterable[tuple[Site, ...]]:
+    """The stages' sites of one replica of every sort: those alike in devices and hops are equally fast."""
+    nodes, is_shared = fitted.request.hardware.nodes, fitted.request.kind == "cpu"
+    load = _ranks_on(fitted.placement, fitted.plan.tp)
+    shares = {i: max(1.0, n / nodes[i].num_devices) if is_shared else 1.0 for i, n in load.items()}
+    sorts: dict[tuple[object, ...], Replica] = {}
+    for replica in fitted.placement:
         hops = tuple(a == b for a, b in pairwise(replica))
-        key = (hops, *((site.node.device.name, site.ranks_per_device) for site in sites))
-        if key not in found:
-            found[key] = estimate(
-                request.config,
-                plan,
-                request.compute_dtype,
-                sites,
-                num_running=max(1, min(wanted, engine.max_num_seqs, room)),
-                prompt_len=prompt_len,
-                output_len=output_len,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
-            )
-    return max(found.values(), key=lambda e: e.tpot)
+        sorts.setdefault((hops, *((nodes[i].device.name, shares[i]) for i in replica)), replica)
+    return [
+        tuple(Site(node=nodes[i], index=i, ranks_per_device=shares[i]) for i in replica) for replica in sorts.values()
+    ]
 
 
 def _missed_aims(fitted: Candidate) -> str | None:

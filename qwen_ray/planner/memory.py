@@ -18,6 +18,11 @@ MIB = 2**20
 # of the memory above `memory_utilization` is for.
 CUDA_CONTEXT_BYTES = 700 * MIB
 NCCL_BYTES = 500 * MIB
+# Of the reference attention, per head, query and key: scores, masked scores and weights in float32, and the mask. CUDA
+# kernels keep none of them.
+SCORE_BYTES = 13
+# Of the sampler, per row and token of the vocabulary: logits, then sorted candidates in float64 with ids. Measured.
+SAMPLER_BYTES = 88
 # A CPU rank's interpreter with torch and Ray. Stated, not counted: it is there whatever the model.
 CPU_PROCESS_BYTES = 450 * MIB
 
@@ -39,7 +44,12 @@ class RankMemory:
         return self.weights + self.tables + self.activations + self.reserve
 
     def total(self, num_blocks: int) -> int:
+        """What must be free for it: the most that it will ever hold."""
         return self.fixed + self.kv_per_block * num_blocks
+
+    def held(self, num_blocks: int) -> int:
+        """What stays between steps: weights, tables and KV cache."""
+        return self.weights + self.tables + self.kv_per_block * num_blocks
 
 
 def rank_memory(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> RankMemory:
@@ -50,7 +60,7 @@ def rank_memory(config: ModelConfig, shard: Shard, dtype: str, engine: EngineCon
         weights=num_weights(config, shard) * width,
         tables=engine.max_model_len * config.head_dim * width,
         kv_per_block=num_kv_elements(config, shard) * engine.block_size * width,
-        activations=activation_bytes(config, shard, dtype, engine),
+        activations=activation_bytes(config, shard, dtype, engine, kind),
         reserve=reserve_bytes(shard, kind),
     )
 
@@ -87,21 +97,25 @@ def num_kv_elements(config: ModelConfig, shard: Shard) -> int:
     return 2 * len(shard.layers) * len(shard.kv_heads) * config.head_dim
 
 
-def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig) -> int:
+def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> int:
     """The most that the largest step holds at one time.
 
-    The residual and one normed copy live through a layer; beside them either attention's tensors or the MLP's, and
-    after the last layer the logits: float32 rows, and on the sampling rank the sampler's sorted copies of them.
+    The residual and one normed copy live through a layer; beside them either attention's tensors or the MLP's. They
+    are gone when the rank that samples sorts its logits.
     """
-    width = DTYPE_BYTES[dtype]
-    tokens, rows = engine.max_num_batched_tokens, engine.max_num_seqs
+    width, hidden = DTYPE_BYTES[dtype], config.hidden_size
+    tokens, context = engine.max_num_batched_tokens, engine.max_model_len
     q, kv = len(shard.heads) * config.head_dim, len(shard.kv_heads) * config.head_dim
-    attention = tokens * (2 * q + 2 * kv + q) * width  # qkv, rotated q, output
+    attention = tokens * (3 * q + 2 * kv) * width  # qkv, rotated q, output
+    if kind == "cpu":
+        # One sequence at a time: its keys and values for every query head, and the scores of the last chunk.
+        queries = min(tokens, context)
+        attention += 2 * context * q * width + len(shard.heads) * queries * context * SCORE_BYTES
     mlp = tokens * 3 * max(len(shard.intermediate), _cut_expert(config, shard)) * width  # gate and up, their product
-    logits = rows * len(shard.vocab) * 4 if shard.is_last else 0
-    if shard.samples:
-        logits = rows * config.vocab_size * (4 + 4 + 8 + 4)  # gathered, sorted, indices, probabilities
-    return 2 * tokens * config.hidden_size * width + max(attention, mlp, logits)
+    layer = 2 * tokens * hidden * width + max(attention, mlp)
+    rows = min(engine.max_num_seqs, tokens)
+    ends = rows * config.vocab_size * SAMPLER_BYTES if shard.samples else rows * len(shard.vocab) * 4
+    return max(layer, ends if shard.is_last else 0)
 
 
 def reserve_bytes(shard: Shard, kind: str) -> int:

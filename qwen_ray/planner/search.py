@@ -13,12 +13,13 @@ from dataclasses import replace
 
 from qwen_ray.core.errors import PlanRefused
 from qwen_ray.core.hardware import GIB, Hardware
-from qwen_ray.core.plan import ParallelPlan
+from qwen_ray.core.model_config import DTYPE_BYTES
+from qwen_ray.core.plan import ParallelPlan, split_heads
 from qwen_ray.planner.candidate import Candidate, PlanReport, PlanRequest
 from qwen_ray.planner.cost import Estimate
 from qwen_ray.planner.fit import evaluate
 
-GPUS_PER_NODE = 8  # of the machines that advice is given in
+GPUS_PER_NODE = 8  # of the machines that advice is given in; up to here every tensor degree is tried
 MAX_ADVISED_NODES = 64
 
 
@@ -60,7 +61,15 @@ def _tensor_degrees(request: PlanRequest) -> Sequence[int]:
     if request.kind == "cpu":
         return (1,)  # ranks of one node share its cores and its memory bus: they gain nothing unless asked for
     largest = max(node.num_devices for node in request.hardware.nodes)
-    return range(1, min(largest, request.config.num_attention_heads) + 1)
+    heads, kv_heads = request.config.num_attention_heads, request.config.num_key_value_heads
+    degrees: list[int] = []
+    fewest = heads + 1  # on wider nodes only degrees that leave the fullest rank fewer heads
+    for tp in range(1, min(largest, heads) + 1):
+        most = max(len(own) for own, _ in split_heads(heads, kv_heads, tp))
+        if tp <= GPUS_PER_NODE or most < fewest:
+            degrees.append(tp)
+        fewest = min(fewest, most)
+    return degrees
 
 
 def _pipeline_degrees(request: PlanRequest, tp: int) -> Iterator[int]:
@@ -116,9 +125,13 @@ def _advice(report: PlanReport) -> Iterator[str]:
 def _smallest_that_fits(request: PlanRequest) -> Candidate | None:
     """On devices like the largest here: up to eight on a node, then nodes of eight."""
     node = request.hardware.nodes[0]
+    weights = request.config.num_parameters * DTYPE_BYTES[request.compute_dtype]
+    least = weights / (node.device.memory_bytes * request.memory_utilization)
     sizes = [(1, n) for n in range(1, GPUS_PER_NODE + 1)]
     sizes += [(2**i, GPUS_PER_NODE) for i in range(1, MAX_ADVISED_NODES.bit_length())]
     for num_nodes, num_devices in sizes:
+        if num_nodes * num_devices < least:
+            continue
         nodes = (replace(node, num_devices=num_devices),) * num_nodes
         chosen = _search(replace(request, hardware=Hardware(nodes=nodes))).chosen
         if chosen:

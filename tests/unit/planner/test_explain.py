@@ -1,0 +1,70 @@
+"""Tables, words and JSON say what the report holds."""
+
+from __future__ import annotations
+
+import json
+
+from qwen_ray.core.hardware import Hardware
+from qwen_ray.planner.candidate import PlanReport, PlanRequest
+from qwen_ray.planner.explain import HEADER, describe, rows, to_json
+from qwen_ray.planner.family import lookup
+from qwen_ray.planner.search import plan
+
+
+def report(name: str, hardware: str, tp: int | None = None, pp: int | None = None) -> PlanReport:
+    config = lookup(name)
+    assert config is not None
+    return plan(PlanRequest(config=config, hardware=Hardware.parse(hardware), model=name, tp=tp, pp=pp))
+
+
+def test_json_of_a_plan_that_fits() -> None:
+    answer = json.loads(json.dumps(to_json(report("Qwen/Qwen2.5-72B-Instruct", "8xH100-80G"))))
+    chosen = answer["chosen"]
+    assert chosen == answer["candidates"][0]
+    assert sum(chosen["weights_bytes_per_rank"]) / 145.4e9 - 1 < 0.02
+    assert len(chosen["weights_bytes_per_rank"]) == chosen["tp"] * chosen["pp"]
+    assert chosen["kv_bytes_per_token"] == 327680
+    assert chosen["fits"] is True
+    assert chosen["reason"] is None
+    assert chosen["kv_tokens"] == chosen["num_blocks"] * chosen["block_size"]
+    totals = zip(
+        *(chosen[f"{part}_bytes_per_rank"] for part in ("weights", "tables", "kv", "activation", "reserve", "total")),
+        strict=True,
+    )
+    assert all(sum(parts) == total <= chosen["usable_bytes"] for *parts, total in totals)
+    assert [stage["ranks"] for stage in answer["placement"][0]["stages"]] == [list(range(8))]
+    assert answer["hardware"] == "8xH100-80G"
+    assert answer["inequality"] is None
+
+
+def test_json_of_a_refusal() -> None:
+    answer = json.loads(json.dumps(to_json(report("Qwen/Qwen2.5-72B-Instruct", "1xH100-80G"))))
+    assert answer["chosen"] is None
+    assert answer["placement"] is None
+    assert "145.41 GB" in answer["inequality"]
+    assert answer["candidates"][0]["reason"] == answer["inequality"]
+    assert answer["candidates"][0]["tokens_per_s"] is None
+    assert answer["advice"]
+
+
+def test_the_table_has_a_cell_for_every_column() -> None:
+    for name, hardware in (("qwen3-235b-a22b", "10x8xA100-40G"), ("qwen2.5-7b", "1xT4-16G"), ("demo", "1xcpu-24G")):
+        found = report(name, hardware)
+        table = rows(found)
+        assert 1 <= len(table) <= len(found.candidates)
+        assert all(len(row) == len(HEADER) for row in table)
+        assert [row[-1].startswith("chosen") for row in table] == [found.chosen is not None] + [False] * (
+            len(table) - 1
+        )
+    assert len(rows(report("qwen2.5-7b", "2xH100-80G", tp=4))[0]) == len(HEADER)
+
+
+def test_words_name_ranks_layers_nodes_and_numbers() -> None:
+    text = describe(report("demo", "1xcpu-24G", tp=3, pp=2))
+    assert "tp=3 pp=2 dp=1: 1 replica of 6 ranks" in text
+    assert "ranks 0 to 2, each (layers 0 to 14)" in text
+    assert "replica 0: stages 0 to 1 on node 0 (cpu-24G)" in text
+    assert "beside this, each rank's process takes about 0.47 GB" in text
+    refused = describe(report("qwen2.5-72b", "1xH100-80G"))
+    assert "Nothing fits." in refused
+    assert "would hold it" in refused
