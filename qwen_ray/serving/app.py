@@ -11,19 +11,17 @@ import hashlib
 import time
 from typing import Any
 
-import ray
 from ray import serve
 
 from qwen_ray.cluster.inventory import hardware
-from qwen_ray.config import ModelSettings, PlanSettings, Settings
+from qwen_ray.config import ModelSettings, Settings
 from qwen_ray.core.errors import SettingsError
-from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import ReplicaSpec
-from qwen_ray.planner.candidate import PlanRequest, Slo
 from qwen_ray.planner.search import plan
 from qwen_ray.serving.generation import Model
 from qwen_ray.serving.ingress import Ingress
 from qwen_ray.serving.replica import Replica
+from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
 from qwen_ray.source.resolve import resolve
 
@@ -49,6 +47,7 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": DEPLOYMENT_CPUS},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
+        logging_config={"enable_access_log": False},  # a line per request costs more than routing it
     )(Ingress)
     replica = serve.deployment(
         name="Replica",
@@ -69,31 +68,8 @@ def replica_spec(settings: Settings) -> ReplicaSpec:
     """What every replica of the one model is told, planned for the cluster that Ray is connected to."""
     model = _one_model(settings)
     path = resolve(model.source, settings.cache_dir, revision=model.revision)
-    request = plan_request(settings, model, load_config(path))
+    request = plan_request(settings, model, load_config(path), hardware(), dp=model.replicas.max)
     return plan(request).require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
-
-
-def plan_request(settings: Settings, model: ModelSettings, config: ModelConfig) -> PlanRequest:
-    degrees = model.plan if isinstance(model.plan, PlanSettings) else PlanSettings()
-    engine = settings.engine
-    return PlanRequest(
-        config=config,
-        hardware=hardware(ray.nodes()),
-        model=model.name,
-        dtype=None if model.dtype == "auto" else model.dtype,
-        tp=degrees.tp,
-        pp=degrees.pp,
-        dp=model.replicas.max,
-        max_model_len=model.max_model_len,
-        slo=Slo(ttft=model.slo.ttft, tpot=model.slo.tpot),
-        memory_utilization=engine.gpu_memory_utilization,
-        kv_memory_bytes=engine.kv_cache_memory,
-        block_size=engine.block_size,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        max_num_waiting=engine.max_num_waiting,
-        enable_prefix_caching=engine.enable_prefix_caching,
-    )
 
 
 def served_model(model: ModelSettings, spec: ReplicaSpec) -> Model:
