@@ -45,14 +45,14 @@ def stop(child: subprocess.Popen[bytes], *, seconds: float) -> None:
     _end(known | descendants())
 
 
-def descendants() -> set[int]:
-    """Process ids of all children of this process, and of theirs."""
+def descendants(root: int | None = None) -> set[int]:
+    """Process ids of all children of `root` (None: this process), and of theirs."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (parent := _parent(entry)) is not None:
             children.setdefault(parent, []).append(int(entry.name))
     found: set[int] = set()
-    todo = [os.getpid()]
+    todo = [os.getpid() if root is None else root]
     while todo:
         new = [pid for pid in children.get(todo.pop(), ()) if pid not in found]
         found.update(new)

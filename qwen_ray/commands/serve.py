@@ -49,7 +49,7 @@ class Stopped(BaseException):
 
 
 def run_serve(settings: Settings) -> None:
-    """Serve until Ctrl-C or SIGTERM. Raises QwenRayError."""
+    """Serve until Ctrl-C or SIGTERM, which are a good end at any time. Raises QwenRayError."""
     if not settings.ray_address:
         http = settings.http
         if not port_is_free(http.host, http.port):
@@ -59,13 +59,11 @@ def run_serve(settings: Settings) -> None:
         for model in settings.models:
             config = load_config(pull(model, settings))
             plan(plan_request(settings, model, config, this_machine(), dp=model.replicas.max)).require()
-    is_ready = False
     with _signals_raise(), _log_file(settings) as log:
         child = process_tree.start([sys.executable, "-m", "qwen_ray.serving.launch"], server_environment(), log)
         try:
             events = _talk(child, settings)
             _wait_until_ready(settings, child, events)
-            is_ready = True
             _show_address(settings)
             _raise_at_end(child, events)
         except Stopped:
@@ -73,8 +71,6 @@ def run_serve(settings: Settings) -> None:
         finally:
             _ignore_signals()
             process_tree.stop(child, seconds=STOP_SECONDS)
-    if not is_ready:
-        raise KeyboardInterrupt
 
 
 def server_environment() -> dict[str, str]:
@@ -99,9 +95,10 @@ def _talk(child: subprocess.Popen[bytes], settings: Settings) -> queue.SimpleQue
 
     def read() -> None:
         for line in lines:
-            # Libraries print to stdout too.
             if line.startswith(b'{"event"'):
                 events.put(json.loads(line))
+            else:  # what Ray forwards from other processes at log level debug
+                err.print(line.decode(errors="replace").rstrip(), markup=False)
         events.put({"event": "end"})
 
     threading.Thread(target=read, daemon=True).start()

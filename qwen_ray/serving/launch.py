@@ -21,9 +21,11 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.schema import ApplicationStatusOverview
 
 from qwen_ray.cluster.inventory import hardware
 from qwen_ray.config import Settings
+from qwen_ray.core import errors
 from qwen_ray.core.errors import QwenRayError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.serving.app import APP, build
@@ -34,6 +36,14 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 2**20
 LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 5.0
+
+
+class DeployFailed(QwenRayError):
+    """Serve gave up on the application; `exit_code` is that of the error behind it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> None:
@@ -66,7 +76,10 @@ def run(settings: Settings) -> None:
     http = serve.HTTPOptions(host=settings.http.host, port=settings.http.port)
     serve.start(http_options=http)
     tell("serve")
-    serve.run(application, name=APP, route_prefix="/", blocking=False)
+    try:
+        serve.run(application, name=APP, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        raise _cause(serve.status().applications[APP]) or error from error
     tell("ready")
     while True:
         time.sleep(3600)
@@ -86,6 +99,18 @@ def start_ray(settings: Settings) -> None:
         logging_level=logging.WARNING,
         _node_ip_address=LOOPBACK,
     )
+
+
+def _cause(application: ApplicationStatusOverview) -> DeployFailed | None:
+    """What ended a deployment: the last error in the traceback that Serve keeps of it, ours if there is one."""
+    for deployment in application.deployments.values():
+        _, is_ours, ours = deployment.message.rpartition("\nqwen_ray.core.errors.")
+        if is_ours:
+            name, _, message = ours.partition(": ")
+            return DeployFailed(message.strip(), getattr(errors, name).exit_code)
+        if "Error: " in deployment.message:
+            return DeployFailed(deployment.message.strip().splitlines()[-1], QwenRayError.exit_code)
+    return None
 
 
 def stop(settings: Settings) -> None:
