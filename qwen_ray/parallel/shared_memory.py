@@ -100,7 +100,7 @@ class SharedMemory:
                     piece.copy_(slot[: piece.numel()])
         if self._rank != 0:
             return None
-        return torch.cat([part.view(num_rows, -1) for part in parts], dim=-1)
+        return torch.cat([part.view(num_rows, size) for part, size in zip(parts, sizes, strict=True)], dim=-1)
 
     def abort(self) -> None:
         self._words[ABORTED] = 1

@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -28,25 +29,42 @@ class Ranks:
 
     def __init__(self, count: int) -> None:
         # A fork server imports torch once; a fork of this process would take its threads' locks along.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["qwen_ray.models.registry"])
-        self._members = []
-        for rank in range(count):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank), daemon=True)
-            process.start()
-            there.close()
-            self._members.append((process, here))
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["qwen_ray.models.registry"])
+        self._members = [self._start(rank) for rank in range(count)]
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(rank, *args)` on every rank; their answers, or AssertionError with a rank's traceback."""
+    def _start(self, rank: int) -> tuple[BaseProcess, Connection]:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(there, rank), daemon=True)
+        process.start()
+        there.close()
+        return process, here
+
+    def _restart(self, rank: int) -> None:
+        process, pipe = self._members[rank]
+        pipe.close()
+        process.join(10)
+        self._members[rank] = self._start(rank)
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, dying: frozenset[int] = frozenset()
+    ) -> list[Any]:
+        """`function(rank, *args)` on every rank; their answers, or AssertionError with a rank's traceback.
+
+        The ranks `dying` must die of it; they answer None, and are started anew.
+        """
         members = self._members[:world_size]
         for _, pipe in members:
             pipe.send((function, args))
         answers = []
         for rank, (_, pipe) in enumerate(members):
             assert pipe.poll(60), f"rank {rank} gave no answer within 60 s"
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                assert rank in dying, f"rank {rank} died"
+                answers.append((True, None))
+                self._restart(rank)
         for rank, (ok, answer) in enumerate(answers):
             assert ok, f"rank {rank} failed:\n{answer}"
         return [answer for _, answer in answers]

@@ -1,0 +1,98 @@
+"""What ranks do in the tests of dying groups. Not a test itself."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import torch
+from rank_processes import CPU
+
+from qwen_ray.core.plan import Rendezvous, Shard, Span
+from qwen_ray.parallel.groups import Groups
+
+# Far longer than Ranks waits for an answer: nothing here may end by the group's own timeout.
+LONG = 600.0
+
+
+def shard(rank: int, tp: int, pp: int) -> Shard:
+    stage, tp_rank = divmod(rank, tp)
+    one = Span(0, 1)
+    return Shard(
+        rank=rank, world_size=tp * pp, stage=stage, num_stages=pp, tp_rank=tp_rank, tp_size=tp, layers=one, heads=one,
+        kv_heads=one, intermediate=one, vocab=one,
+    )  # fmt: skip
+
+
+def step(groups: Groups, part: Shard) -> float:
+    """What a step asks of a group: from the previous stage, twice among the tensor ranks, to the next stage."""
+    x = torch.full((3, 5), float(part.tp_rank + 1))
+    if not part.is_first:
+        x += groups.receive((3, 5), torch.float32)
+    groups.tensor.all_reduce(x.clone())
+    x = groups.tensor.all_reduce(x)
+    if not part.is_last:
+        groups.send(x)
+    return x[0, 0].item()
+
+
+def steps_until_a_death(rank: int, tp: int, pp: int, address: str, name: str, dying: int) -> str:
+    """The error that ends this rank's steps; `dying` kills itself in the fourth."""
+    part = shard(rank, tp, pp)
+    groups = Groups.join(part, Rendezvous(address=address, name=name), CPU, timeout=LONG)
+    try:
+        for i in itertools.count():
+            if i == 3 and rank == dying:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(groups, part)
+    except OSError as error:
+        # As a rank would: its peers may be waiting for it, not for the dead one.
+        groups.abort()
+        return type(error).__name__
+    finally:
+        groups.close()
+    raise AssertionError("unreachable")
+
+
+def aborted_while_waiting(rank: int, tp: int, pp: int, address: str) -> str:
+    """All wait for tensor rank 0 of the first stage, which is alive and does nothing; each is told to stop."""
+    part = shard(rank, tp, pp)
+    groups = Groups.join(part, Rendezvous(address=address, name="abort"), CPU, timeout=LONG)
+    if rank == 0:
+        time.sleep(0.3)
+        groups.abort()
+        groups.close()
+        return "idle"
+    timer = threading.Timer(0.2, groups.abort)
+    timer.start()
+    try:
+        step(groups, part)
+    except OSError as error:
+        return type(error).__name__
+    finally:
+        timer.join()
+        groups.close()
+    return "no error"
+
+
+def one_step(rank: int, tp: int, pp: int, address: str, name: str) -> float:
+    part = shard(rank, tp, pp)
+    groups = Groups.join(part, Rendezvous(address=address, name=name), CPU, timeout=30)
+    try:
+        return step(groups, part)
+    finally:
+        groups.close()
+
+
+def descriptors_after_groups(rank: int, address: str, num_groups: int) -> tuple[int, int]:
+    """Open files before and after many groups."""
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(num_groups):
+        part = shard(rank, 2, 1)
+        groups = Groups.join(part, Rendezvous(address=address, name=f"leak{i}"), CPU, timeout=30)
+        step(groups, part)
+        groups.close()
+    return before, len(os.listdir("/proc/self/fd"))

@@ -1,0 +1,183 @@
+"""Sums and gathers among threads: shared memory, TCP, and one rank alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+
+from qwen_ray.parallel import shared_memory
+from qwen_ray.parallel.collectives import Alone, TensorGroup
+from qwen_ray.parallel.groups import local_address
+from qwen_ray.parallel.link import Listener, Star, connect
+from qwen_ray.parallel.shared_memory import SharedMemory
+
+Result = TypeVar("Result")
+Make = Callable[[Store, int, int], TensorGroup | None]
+CAPACITY = 256  # bytes: messages here go in several pieces
+
+
+def make_shared(store: Store, rank: int, size: int, timeout: float = 20.0) -> SharedMemory | None:
+    return SharedMemory.join(store, rank, size, timeout=timeout, capacity=CAPACITY)
+
+
+def make_star(store: Store, rank: int, size: int) -> Star:
+    return Star.join(store, rank, size, "127.0.0.1", 20.0)
+
+
+def on_all(size: int, function: Callable[[int], Result]) -> list[Result]:
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(function, range(size)))
+
+
+def join_all(make: Make, size: int) -> list[Any]:
+    store = HashStore()
+    return on_all(size, lambda rank: make(store, rank, size))
+
+
+@pytest.fixture(scope="module", params=[(make_shared, 2), (make_shared, 3), (make_star, 2), (make_star, 3)])
+def groups(request: pytest.FixtureRequest) -> Iterator[list[TensorGroup]]:
+    make, size = request.param
+    members = join_all(make, size)
+    yield members
+    for member in members:
+        member.close()
+
+
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+shapes = st.tuples(st.integers(0, 9), st.integers(1, 40))
+
+
+@given(dtype=dtypes, some_shapes=st.lists(shapes, min_size=1, max_size=4), seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_all_reduce_adds_in_rank_order(
+    groups: list[TensorGroup], dtype: torch.dtype, some_shapes: list[tuple[int, int]], seed: int
+) -> None:
+    """Several in a row, so that the halves of the slots are used again; all ranks get the same bits."""
+    size = len(groups)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [[torch.randn(shape, generator=generator).to(dtype) for shape in some_shapes] for _ in range(size)]
+    outputs = on_all(size, lambda rank: [groups[rank].all_reduce(x.clone()) for x in inputs[rank]])
+    for i in range(len(some_shapes)):
+        total = inputs[0][i].float()
+        for rank in range(1, size):
+            total = total + inputs[rank][i].float()
+        for rank in range(size):
+            assert torch.equal(outputs[rank][i], total.to(dtype))
+
+
+@given(num_rows=st.integers(0, 5), widths=st.lists(st.integers(1, 90), min_size=3, max_size=3))
+@settings(max_examples=15, deadline=None)
+def test_gather_sets_columns_side_by_side(groups: list[TensorGroup], num_rows: int, widths: list[int]) -> None:
+    """A sum right after it: rank 0 may still be reading when the others go on."""
+    size = len(groups)
+    sizes = tuple(widths[:size])
+    parts = [torch.randn(num_rows, width) for width in sizes]
+
+    def work(rank: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        return groups[rank].gather(parts[rank], sizes), groups[rank].all_reduce(torch.ones(100))
+
+    results = on_all(size, work)
+    assert torch.equal(results[0][0], torch.cat(parts, dim=1))
+    assert all(gathered is None for gathered, _ in results[1:])
+    assert all((total == size).all() for _, total in results)
+
+
+def test_one_rank_alone_is_the_identity() -> None:
+    x = torch.randn(3, 4)
+    assert Alone().all_reduce(x) is x
+    assert Alone().gather(x, (4,)) is x
+
+
+def test_a_peer_that_hangs_is_given_up() -> None:
+    store = HashStore()
+    members = on_all(2, lambda rank: make_shared(store, rank, 2, timeout=0.1))
+    assert members[0] is not None
+    with pytest.raises(TimeoutError, match="tensor rank 1"):
+        members[0].all_reduce(torch.ones(3))
+    for member in members:
+        assert member is not None
+        member.close()
+
+
+def test_a_peer_that_left_is_noticed() -> None:
+    first, second = join_all(make_shared, 2)
+    second.close()
+    with pytest.raises(ConnectionResetError, match="tensor rank 1"):
+        first.all_reduce(torch.ones(3))
+    first.close()
+
+
+@pytest.mark.parametrize("make", [make_shared, make_star])
+def test_abort_ends_a_wait_here_and_on_the_peers(make: Make) -> None:
+    members = join_all(make, 3)
+    timer = threading.Timer(0.05, members[2].abort)
+
+    def work(rank: int) -> str:
+        if rank == 2:
+            timer.start()
+            return "idle"
+        try:
+            # Of a star, only the root hears of a leaf's end; it then ends the others'.
+            members[rank].all_reduce(torch.ones(3))
+        except OSError as error:
+            members[rank].abort()
+            return type(error).__name__
+        return "no error"
+
+    outcomes = on_all(3, work)
+    timer.join()
+    assert all("Connection" in outcome for outcome in outcomes[:2])
+    for member in members:
+        member.close()
+
+
+def test_without_shared_memory_all_ranks_agree_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank that cannot open the segment is enough."""
+    opened = threading.Semaphore(1)
+
+    def open_once(path: str, nonce: bytes) -> int | None:
+        return real_open(path, nonce) if opened.acquire(blocking=False) else None
+
+    real_open = shared_memory._open
+    monkeypatch.setattr(shared_memory, "_open", open_once)
+    assert join_all(make_shared, 3) == [None, None, None]
+
+
+def test_a_strangers_file_is_not_taken_for_the_segment(tmp_path: Any) -> None:
+    stranger = tmp_path / "file"
+    stranger.write_bytes(b"x" * 100)
+    assert shared_memory._open(str(stranger), b"y" * 16) is None
+    assert shared_memory._open(str(tmp_path / "none"), b"y" * 16) is None
+
+
+def test_links_carry_tensors_in_order() -> None:
+    store = PrefixStore("test", HashStore())
+    listener = Listener(store, "to1", "127.0.0.1")
+    sender, receiver = connect(store, "to1", 5.0), listener.accept(5.0)
+    big = torch.randn(700_000)  # more than the system buffers
+
+    def send() -> None:
+        sender.send(torch.arange(6, dtype=torch.bfloat16).view(2, 3).T)
+        sender.send(big)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert receiver.receive(torch.empty(3, 2, dtype=torch.bfloat16)).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert torch.equal(receiver.receive(torch.empty_like(big)), big)
+    thread.join()
+    sender.close()
+    with pytest.raises(ConnectionResetError):
+        receiver.receive(torch.empty(1))
+    receiver.close()
+
+
+def test_a_loopback_rendezvous_is_met_on_loopback() -> None:
+    assert local_address("127.0.0.1", 1) == "127.0.0.1"
