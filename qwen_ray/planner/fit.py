@@ -78,10 +78,7 @@ def _evaluate(request: PlanRequest, tp: int, pp: int, context: int) -> Candidate
         depth=pp,
     )
     draft = Candidate(request=request, plan=plan, engine=engine)
-    if kind == "cpu":
-        replicas = place_on_cpus(nodes, pp=pp, dp=request.dp or max(1, len(nodes) // pp))
-    else:
-        replicas = place_on_gpus(nodes, tp=tp, pp=pp)
+    replicas = place_on_cpus(nodes, pp=pp, dp=request.dp) if kind == "cpu" else place_on_gpus(nodes, tp=tp, pp=pp)
     if len(replicas) < plan.dp:
         return replace(draft, reason=_too_few_devices(request, tp, pp))
 
@@ -95,10 +92,9 @@ def _evaluate(request: PlanRequest, tp: int, pp: int, context: int) -> Candidate
     rooms = [pool.num_blocks for pool in pools]
     order = sorted(range(len(replicas)), key=lambda i: -rooms[i])
     kept = [i for i in order[: request.dp] if rooms[i] >= needed]
-    tightest = pools[kept[-1] if kept else order[0]]
+    tightest = pools[kept[-1] if len(kept) >= plan.dp else order[plan.dp - 1]]
     draft = replace(draft, usable_bytes=tightest.usable, needed_bytes=tightest.needed(needed))
     if len(kept) < plan.dp:
-        tightest = pools[order[plan.dp - 1]]
         return replace(draft, reason=_inequality(request, tightest, needed))
     return _accept(draft, tuple(replicas[i] for i in sorted(kept)), tightest, needed)
 

@@ -28,8 +28,14 @@ def place_on_gpus(nodes: Sequence[Node], *, tp: int, pp: int) -> list[Replica]:
     return whole + [tuple(rest[i : i + pp]) for i in range(0, len(rest) - pp + 1, pp)]
 
 
-def place_on_cpus(nodes: Sequence[Node], *, pp: int, dp: int) -> list[Replica]:
-    """Stage after stage to the node with the most memory for each stage that it then has."""
+def place_on_cpus(nodes: Sequence[Node], *, pp: int, dp: int | None) -> list[Replica]:
+    """Stage after stage to the node with the most memory for each stage that it then has.
+
+    `dp` None: as many replicas as there are nodes for, a stage on each; one, if they have to share.
+    """
+    if dp is None and pp <= len(nodes):
+        return [tuple(range(i, i + pp)) for i in range(0, len(nodes) - pp + 1, pp)]
+    dp = dp or 1
     free = [(-float(node_memory(node)), index, 1) for index, node in enumerate(nodes)]
     heapq.heapify(free)
     stages: list[int] = []

@@ -39,6 +39,8 @@ def test_cpu_stages_go_where_most_memory_is_left() -> None:
     assert place_on_cpus([large, small], pp=2, dp=1) == [(0, 0)]
     assert place_on_cpus([small, small], pp=2, dp=1) == [(0, 1)]
     assert place_on_cpus([small], pp=2, dp=2) == [(0, 0), (0, 0)]
+    assert place_on_cpus([small] * 5, pp=2, dp=None) == [(0, 1), (2, 3)]
+    assert place_on_cpus([small], pp=3, dp=None) == [(0, 0, 0)]
 
 
 @given(room=st.lists(st.integers(-5, 10**12), min_size=1, max_size=12), extra=st.integers(0, 100))

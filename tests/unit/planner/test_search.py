@@ -241,3 +241,5 @@ def test_unlike_machines_hold_what_the_smallest_can() -> None:
     check_fits(both)
     # The A10 holds 15.2 GB of weights, but not in float32: the H100 alone serves then.
     assert plan(replace(asked, dtype="float32")).require().plan.dp == 1
+    nodes = request("qwen2.5-7b-instruct", "2x1xcpu-32G+1xcpu-8G")
+    assert plan(nodes).require().plan.dp == 2
