@@ -31,7 +31,7 @@ from qwen_ray.core.step import StepBatch, StepResult
 logger = logging.getLogger(__name__)
 
 # The worker is named, not imported: who starts a rank imports this module too, and torch would cost every replica
-# two seconds and a quarter of a gigabyte that only ranks have use for.
+# two seconds and 190 MB that only ranks have use for.
 WORKER = "qwen_ray.worker.worker:Worker"
 
 WATCH = "watch"  # the concurrency group of what answers at any time

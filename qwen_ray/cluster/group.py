@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 PLACEMENT_SECONDS = 60.0
 FAREWELL_SECONDS = 2.0  # for ranks to let go in peace; then they are killed
 KILL_SECONDS = 3.0
+STATS_SECONDS = 2.0
 BLAME_SECONDS = 0.1
 
 
@@ -109,8 +110,9 @@ class RankGroup:
                 raise RankFailed(number, str(error)) from error
 
     async def stats(self) -> list[RankStats]:
-        """Of every rank that answers, by rank; also while steps run, and after a failure."""
-        answers = await asyncio.gather(*(self._call(rank, "stats") for rank in self._ranks), return_exceptions=True)
+        """Of every rank that answers within 2 s, by rank; also while steps run, and after a failure."""
+        calls = [asyncio.wait_for(self._call(rank, "stats"), STATS_SECONDS) for rank in self._ranks]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, RankStats)]
 
     async def stop(self) -> None:

@@ -177,6 +177,7 @@ async def test_killed_rank_fails_what_is_in_flight_and_what_comes_later(checkpoi
         stats = await group.stats()
         os.kill(stats[0].pid, signal.SIGSTOP)  # the rank that answers: the step stays in flight
         step = executor.submit(STEP)
+        assert [s.rank for s in await group.stats()] == [1]  # which waits for rank 0 in the middle of its step
         os.kill(stats[0].pid, signal.SIGKILL)
         with pytest.raises(RankFailed, match="rank 0 failed: its process ended"):
             await asyncio.wait_for(step, 20)
