@@ -7,6 +7,7 @@ there is no default process group, so that one process may be a member of severa
 from __future__ import annotations
 
 import socket
+import time
 from datetime import timedelta
 from typing import cast
 
@@ -18,6 +19,8 @@ from qwen_ray.core.plan import Rendezvous, Shard
 from qwen_ray.parallel.collectives import Alone, Connection, Nccl, NcclPipe, Pipe, TensorGroup
 from qwen_ray.parallel.link import Listener, Star, connect
 from qwen_ray.parallel.shared_memory import SharedMemory
+
+RETRY_SECONDS = 0.05
 
 
 class Groups:
@@ -46,16 +49,8 @@ class Groups:
         """
         if shard.world_size == 1:
             return cls(Alone(), device=device)
-        host, _, port = rendezvous.address.rpartition(":")
-        host = host.strip("[]")
-        store = TCPStore(
-            host,
-            int(port),
-            is_master=shard.rank == 0,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-        )
-        meeting = Meeting(shard, PrefixStore(rendezvous.name, store), local_address(host, int(port)), device, timeout)
+        store = _open_store(rendezvous, shard.rank == 0, timeout)
+        meeting = Meeting(shard, store, local_address(*_host_port(rendezvous.address)), device, timeout)
         previous, following = meeting.pipes()
         tensor = meeting.tensor_group()
         meeting.end()
@@ -129,6 +124,32 @@ class Meeting:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self._timeout)
         return cast(Connection, dist.ProcessGroupNCCL(store, rank, size, options))
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _open_store(rendezvous: Rendezvous, is_server: bool, timeout: float) -> Store:
+    """The store of this very group: at its address, that of the group before it may still be on its way out."""
+    host, port = _host_port(rendezvous.address)
+    deadline = time.monotonic() + timeout
+    while True:
+        left = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
+        try:
+            server = TCPStore(host, port, is_master=is_server, timeout=left, wait_for_workers=False)
+            store = PrefixStore(rendezvous.name, server)
+            if is_server:
+                store.set("open", "yes")
+            store.get("open")
+        except dist.DistError:
+            if is_server or time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_SECONDS)
+        else:
+            server.set_timeout(timedelta(seconds=timeout))
+            return store
 
 
 def local_address(host: str, port: int) -> str:
