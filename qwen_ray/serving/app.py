@@ -59,6 +59,7 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         # No request goes through Serve's handles, so there is none to wait for: ingresses hand over.
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=8,
+        max_constructor_retry_count=1,  # what can pass is tried again in there; the rest would only fail later
     )(Replica)
     replicas = replica.bind(spec, APP)
     return ingress.bind(served_model(model, spec), spec.path, APP, settings.http.max_body_bytes, replicas)

@@ -18,8 +18,8 @@ from qwen_ray.cluster.wire import ChannelClosed
 from qwen_ray.core.errors import NotReady, RequestError, RequestFailed
 from qwen_ray.core.request import GenerateRequest, TokenDelta
 from qwen_ray.serving.journal import Journal, Stream
-from qwen_ray.serving.link import Link
-from qwen_ray.serving.messages import STALLED_SECONDS, Abort, Deltas, Refusal, ReplicaStatus, Submit
+from qwen_ray.serving.link import SILENT_SECONDS, Link
+from qwen_ray.serving.messages import Abort, Deltas, Refusal, ReplicaStatus, Submit
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Dispatcher:
                     self._opening.add(entry.id)
                     self._spawn(self._open(entry))
             for link in self._links.values():
-                if link.silent_seconds > STALLED_SECONDS:
+                if link.silent_seconds > SILENT_SECONDS:
                     logger.warning("replica %s has been silent for %.0f s", link.replica, link.silent_seconds)
                     link.channel.close()
             self._dispatch_waiting()

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from qwen_ray.cluster.channel import Channel
 from qwen_ray.cluster.wire import ChannelClosed
-from qwen_ray.serving.messages import STALLED_SECONDS, Answer, Ask, ReplicaStatus
+from qwen_ray.serving.messages import Answer, Ask, ReplicaStatus
+
+SILENT_SECONDS = 30.0  # a replica speaks every 2 s; one that is silent for this long is stuck or out of reach
 
 
 class Link:
@@ -37,7 +39,7 @@ class Link:
 
     @property
     def is_usable(self) -> bool:
-        return self.status is not None and self.status.trouble is None and self.silent_seconds < STALLED_SECONDS
+        return self.status is not None and self.status.trouble is None and self.silent_seconds < SILENT_SECONDS
 
     def load(self) -> tuple[int, int]:
         """(prompt tokens still to be computed, sequences): the smaller, the sooner a new request runs."""

@@ -21,8 +21,6 @@ from qwen_ray.core.errors import (
 from qwen_ray.core.request import GenerateRequest, TokenDelta
 from qwen_ray.core.stats import EngineStats, RankStats
 
-STALLED_SECONDS = 30.0  # a replica with work and no step for this long gets no more
-
 ReplicaState = Literal["loading", "ready", "failed"]
 
 
@@ -42,7 +40,7 @@ class ReplicaStatus:
     num_restarts: int = 0
     error: str | None = None
     engine: EngineStats | None = None
-    stalled_seconds: float = 0.0  # with work in the engine, time since its last step
+    stalled_seconds: float = 0.0  # with work and no step for longer than it is patient; 0 when all is well
     stage: str = ""  # of loading: starting, reading weights, warming up
     bytes_done: int = 0  # of all ranks' weights
     bytes_total: int = 0  # 0 while unknown
@@ -52,7 +50,7 @@ class ReplicaStatus:
         """Why it cannot take requests; None if it can. Alive means making progress."""
         if self.state != "ready":
             return self.error or self.state
-        if self.stalled_seconds > STALLED_SECONDS:
+        if self.stalled_seconds:
             return f"without progress for {self.stalled_seconds:.0f} s"
         return None
 

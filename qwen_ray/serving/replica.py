@@ -21,7 +21,7 @@ from qwen_ray.cluster.channel import Listener, listen
 from qwen_ray.cluster.directory import Directory, Entry
 from qwen_ray.cluster.executor import RayExecutor
 from qwen_ray.cluster.group import RankGroup
-from qwen_ray.core.errors import QwenRayError, RankFailed
+from qwen_ray.core.errors import RankFailed
 from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.core.request import GenerateRequest
 from qwen_ray.core.stats import StepStats
@@ -30,13 +30,15 @@ from qwen_ray.engine.engine import Engine
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import ReplicaRecorder
 from qwen_ray.serving.autoscaling import autoscaling_stats
-from qwen_ray.serving.messages import CODEC, STALLED_SECONDS, Answer, Ask, ReplicaState, ReplicaStatus
+from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
+from qwen_ray.serving.patience import Patience
 from qwen_ray.serving.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
 PUSH_SECONDS = 0.25
-MAX_RESTARTS = 3  # of the ranks, without a step in between; then the replica gives up, and Serve replaces it
+PLACEMENT_SECONDS = 600.0  # a cluster that scales with its load may have to start a machine first
+MAX_FRUITLESS_STARTS = 3  # of the ranks, without a step in between; then the replica gives up, and Serve replaces it
 
 
 class CurrentRanks:
@@ -62,6 +64,7 @@ class Replica:
         self._bytes = (0, 0)
         self._started = time.time()
         self._num_fruitless = 0
+        self._patience = Patience()
         self._recorder = ReplicaRecorder(spec.name, self._id)
         self._ranks = CurrentRanks()
         self._group: RankGroup | None = None
@@ -83,13 +86,14 @@ class Replica:
         """Raises when there is no hope: Serve then replaces this replica, and ingresses hand over."""
         if self._state == "failed":
             raise RuntimeError(self._error)
-        if self._engine.stalled_seconds > 2 * STALLED_SECONDS and self._state == "ready":
+        if self._state == "ready" and self._engine.stalled_seconds > 2 * self._patience.seconds:
             raise RuntimeError(f"no progress for {self._engine.stalled_seconds:.0f} s with work to do")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return autoscaling_stats(self._engine.stats(), self._spec.engine)
 
     def status(self) -> ReplicaStatus:
+        stalled = self._engine.stalled_seconds if self._state == "ready" else 0.0
         return ReplicaStatus(
             replica=self._id,
             model=self._spec.name,
@@ -103,7 +107,7 @@ class Replica:
             num_restarts=self._recorder.num_restarts,
             error=self._error,
             engine=self._engine.stats(),
-            stalled_seconds=self._engine.stalled_seconds if self._state == "ready" else 0.0,
+            stalled_seconds=stalled if stalled > self._patience.seconds else 0.0,
             stage=self._stage,
             bytes_done=self._bytes[0],
             bytes_total=self._bytes[1],
@@ -120,9 +124,9 @@ class Replica:
                 task.cancel()
         await self._directory.withdraw()
         await self._listener.close()
-        if self._group is not None:
-            await self._group.stop()
-            self._group = None
+        group, self._group = self._group, None
+        if group is not None:
+            await group.stop()
 
     async def _announce(self) -> Listener[Any]:
         secret = secrets.token_bytes(32)
@@ -142,57 +146,59 @@ class Replica:
         )
         return listener
 
-    async def _start_ranks(self) -> None:
+    async def _start_once(self) -> None:
         started = time.monotonic()
         self._set_state("loading")
         self._stage, self._bytes = "starting", (0, 0)
-        self._group = await RankGroup.start(self._spec, on_progress=self._on_progress)
+        self._group = await RankGroup.start(
+            self._spec, on_progress=self._on_progress, placement_seconds=PLACEMENT_SECONDS
+        )
         self._ranks.executor = RayExecutor(self._group)
         self._recorder.load_seconds = time.monotonic() - started
         self._stage = "ready"
         self._set_state("ready")
         logger.info("%s is ready after %.1f s", self._id, self._recorder.load_seconds)
 
-    async def _run(self) -> None:
-        """The engine, and after a failure new ranks for it, until there is no hope."""
+    async def _start_ranks(self) -> None:
+        """Raises RankFailed when they have failed too often without a step in between; other errors at once."""
         while True:
             try:
-                await self._engine.run()
+                await self._start_once()
                 return
             except RankFailed as failure:
-                logger.error("%s: %s; starting the ranks anew", self._id, failure)
-            except Exception as error:
-                logger.exception("the engine failed")
-                self._fail(f"the engine failed: {type(error).__name__}: {error}")
-                return
-            if not await self._restart():
-                return
+                self._num_fruitless += 1
+                if self._num_fruitless >= MAX_FRUITLESS_STARTS:
+                    raise
+                logger.error("%s: %s; once more", self._id, failure)
 
-    async def _restart(self) -> bool:
+    async def _run(self) -> None:
+        """The engine, and after a failure new ranks for it, until there is no hope."""
+        try:
+            while True:
+                try:
+                    await self._engine.run()
+                    return
+                except RankFailed as failure:
+                    logger.error("%s: %s; starting the ranks anew", self._id, failure)
+                    self._num_fruitless += 1
+                    if self._num_fruitless >= MAX_FRUITLESS_STARTS:
+                        raise
+                await self._stop_ranks()
+                self._recorder.num_restarts += 1
+                await self._start_ranks()
+        except Exception as error:
+            logger.exception("%s gives up", self._id)
+            self._error = f"has failed: {error}"
+            self._set_state("failed")
+            # Channels close, so that ingresses hand over at once; check_health tells Serve.
+            self._closing = asyncio.create_task(self._close())
+
+    async def _stop_ranks(self) -> None:
         self._set_state("loading")
         self._ranks.executor = None
-        reason = ""
-        while self._num_fruitless < MAX_RESTARTS:
-            self._num_fruitless += 1
-            self._recorder.num_restarts += 1
-            if self._group is not None:
-                await self._group.stop()
-                self._group = None
-            try:
-                await self._start_ranks()
-            except QwenRayError as error:
-                reason = str(error)
-                logger.error("%s: the ranks did not come back: %s", self._id, error)
-            else:
-                return True
-        self._fail(f"its ranks failed {self._num_fruitless} times in a row. {reason}".rstrip())
-        return False
-
-    def _fail(self, reason: str) -> None:
-        """Ingresses hand over at once: their channels close."""
-        self._error = reason
-        self._set_state("failed")
-        self._closing = asyncio.create_task(self._close())
+        group, self._group = self._group, None
+        if group is not None:
+            await group.stop()
 
     def _set_state(self, state: ReplicaState) -> None:
         self._state = state
@@ -207,6 +213,7 @@ class Replica:
 
     def _on_step(self, stats: StepStats) -> None:
         self._num_fruitless = 0
+        self._patience.learn(stats.step_seconds)
         self._recorder.step(stats)
 
     async def _push(self) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +29,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-START_SECONDS = 120
+START_SECONDS = 240
 HI: Any = [{"role": "user", "content": "Hi"}]
 PROMPT = "The quick brown fox jumps over the lazy dog"
 
@@ -176,12 +179,12 @@ def test_health_version_and_models(client: OpenAI, url: str) -> None:
 
 async def test_64_mixed_requests_with_disconnects_leave_the_pool_full(url: str) -> None:
     draw = random.Random(0)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=64)) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=64)) as http:
         outcomes = await asyncio.gather(*(_one_request(http, draw.randrange(2**32)) for _ in range(64)))
         assert outcomes.count("done") > 10
         assert outcomes.count("left") > 10
         assert len(outcomes) == outcomes.count("done") + outcomes.count("left")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await _is_idle(http):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         text = (await http.get("/metrics")).text
@@ -195,30 +198,52 @@ async def test_64_mixed_requests_with_disconnects_leave_the_pool_full(url: str) 
         for sample in family.samples
         if sample.name == "vllm:request_success_total"
     }
-    assert totals["abort"] > 10
+    assert totals["abort"] > 0
     assert totals["error"] == 0
     assert text.count("qwen_ray_rank_steps_total{") == 2
 
 
+@pytest.mark.parametrize("victim", ["rank", "replica"])
+def test_a_stream_survives_its(victim: str, url: str) -> None:
+    """The ranks are started anew, or the replica is; the client sees a pause, and then the same tokens as ever."""
+    body = {"prompt": PROMPT, "max_tokens": 300, "seed": 7, "ignore_eos": True}
+    undisturbed = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    text = ""
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=150) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            before, text = text, text + json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+            if len(before) < 20 <= len(text):
+                (replica,) = httpx.get(f"{url}/status").json()["replicas"]
+                pid = replica["pid"] if victim == "replica" else replica["ranks"][1]["pid"]
+                os.kill(pid, signal.SIGKILL)
+    assert text == undisturbed
+    assert httpx.get(f"{url}/health/ready").status_code == 200
+
+
 async def _one_request(http: httpx.AsyncClient, seed: int) -> str:
-    """Reads all of an answer, or leaves at some point of it."""
+    """Reads all of an answer; or leaves after some events of a stream, or before there is an answer at all."""
     draw = random.Random(seed)
-    prompt, max_tokens = "x" * draw.randint(1, 200), draw.randint(20, 200)
-    body = {
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "seed": seed % 1000,
-        "ignore_eos": True,
-        "stream": seed % 2 == 0,
-    }
-    patience = draw.uniform(0.0, 0.5) if draw.random() < 0.5 else 60.0
+    is_stream, leaves = seed % 2 == 0, draw.random() < 0.5
+    body = {"prompt": "x" * draw.randint(1, 200), "max_tokens": draw.randint(20, 200), "ignore_eos": True}
+    patience = draw.uniform(0.0, 0.3) if leaves and not is_stream else 120.0
+    num_events = draw.randint(1, 15) if leaves else 1000
+    text = ""
     try:
-        async with asyncio.timeout(patience), http.stream("POST", "/v1/completions", json=body) as response:
+        async with (
+            asyncio.timeout(patience),
+            http.stream("POST", "/v1/completions", json={**body, "seed": seed % 1000, "stream": is_stream}) as response,
+        ):
             assert response.status_code == 200
-            text = "".join([part async for part in response.aiter_text()])
+            async for line in response.aiter_lines():
+                text += line
+                num_events -= line.startswith("data:")
+                if num_events == 0:
+                    return "left"
     except TimeoutError:
         return "left"
-    assert text.endswith("data: [DONE]\n\n") if body["stream"] else '"finish_reason":"length"' in text
+    assert text.endswith("data: [DONE]") if is_stream else '"finish_reason":"length"' in text
     return "done"
 
 

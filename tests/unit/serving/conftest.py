@@ -148,7 +148,7 @@ class FakeReplica:
             pid=1,
             started=0.0,
             engine=self.engine.stats(),
-            stalled_seconds=self.engine.stalled_seconds,
+            stalled_seconds=self.engine.stalled_seconds if self.engine.stalled_seconds > 30 else 0.0,
             stage=self.state,
         )
 
@@ -189,6 +189,7 @@ class Server:
         self.tokenizer = tokenizer
         self.config = config
         self.replicas: list[FakeReplica] = []
+        self.other_ingresses: list[Entry] = []
         self.recorder = IngressRecorder("tiny", "one")
         self.dispatcher = Dispatcher(self._find, self._connect, self.recorder.hand_over)
         self.url = ""
@@ -210,7 +211,7 @@ class Server:
             max_model_len=self.config.max_model_len,
             eos_token_ids=(EOS,),
         )
-        fleet = Fleet("one", self.dispatcher, self.recorder, self._find_nobody, self._connect)
+        fleet = Fleet("one", self.dispatcher, self.recorder, self._find_ingresses, self._connect)
         service = Service(
             generator=Generator(model, self.tokenizer, self.dispatcher, self.recorder),
             dispatcher=self.dispatcher,
@@ -264,8 +265,8 @@ class Server:
     async def _find(self) -> list[Entry]:
         return [replica.entry for replica in self.replicas]
 
-    async def _find_nobody(self) -> list[Entry]:
-        return []
+    async def _find_ingresses(self) -> list[Entry]:
+        return self.other_ingresses
 
     async def _connect(self, entry: Entry) -> Channel[Any]:
         return await connect(entry.address, entry.secret, CODEC)
