@@ -21,7 +21,6 @@ import secrets
 import struct
 import sys
 import time
-from itertools import islice
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -52,7 +51,8 @@ class SharedMemory:
         self._own_word = _sequence_word(rank)
         self._peers = [peer for peer in range(size) if peer != rank]
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-        self._slots: dict[torch.dtype, torch.Tensor] = {}
+        self._views_key: tuple[torch.dtype, int] | None = None
+        self._views: list[tuple[torch.Tensor, ...]] = []
         _set_lock(fd, rank, fcntl.F_WRLCK)
 
     @classmethod
@@ -81,18 +81,24 @@ class SharedMemory:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1)
-        for piece in flat.split(self._capacity // x.itemsize):
-            slots = self._write(piece)
-            self._wait_for_all()
-            _add(slots[:, : piece.numel()], piece)
+        if flat.nbytes <= self._capacity:
+            self._sum(flat)
+        else:
+            for piece in flat.split(self._capacity // x.itemsize):
+                self._sum(piece)
         return flat.view(x.shape)
+
+    def _sum(self, piece: torch.Tensor) -> None:
+        slots = self._write(piece)
+        self._wait_for_all()
+        _add(slots, piece)
 
     def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
         num_rows, step = x.shape[0], self._capacity // x.itemsize
         flat = x.reshape(-1)
         parts = [x.new_empty(num_rows * size) for size in sizes] if self._rank == 0 else []
         for start in range(0, num_rows * max(sizes), step):
-            slots = self._write(flat[start : start + step])
+            slots = self._write(flat[start : start + step], step)
             if self._rank == 0:
                 self._wait_for_all()
                 for part, slot in zip(parts, slots, strict=True):
@@ -112,18 +118,24 @@ class SharedMemory:
             os.close(self._fd)
             self._fd = -1
 
-    def _write(self, piece: torch.Tensor) -> torch.Tensor:
-        """Show `piece` to the others as the next exchange; returns all ranks' slots of it, [size, elements]."""
+    def _write(self, piece: torch.Tensor, length: int | None = None) -> tuple[torch.Tensor, ...]:
+        """Show `piece` [n] to the others as the next exchange; returns all ranks' slots, [length or n] each."""
         self._wait_for_all()
         self._sequence += 1
-        halves = self._slots.get(piece.dtype)
-        if halves is None:
-            data = self._memory[_header_bytes(self.size) :].view(piece.dtype)
-            halves = self._slots[piece.dtype] = data.view(2, self.size, self._capacity // piece.itemsize)
-        slots = halves[self._sequence & 1]
-        slots[self._rank, : piece.numel()].copy_(piece)
+        key = (piece.dtype, length or piece.numel())
+        if key != self._views_key:
+            self._views_key, self._views = key, self._make_views(*key)
+        slots = self._views[self._sequence & 1]
+        own = slots[self._rank] if length is None else slots[self._rank][: piece.numel()]
+        own.copy_(piece)
         self._words[self._own_word] = self._sequence
         return slots
+
+    def _make_views(self, dtype: torch.dtype, length: int) -> list[tuple[torch.Tensor, ...]]:
+        """The first `length` elements of every slot, for each half. Kept: a layer is like the last."""
+        data = self._memory[_header_bytes(self.size) :].view(dtype)
+        halves = data.view(2, self.size, self._capacity // dtype.itemsize)[:, :, :length]
+        return [half.unbind(0) for half in halves]
 
     def _wait_for_all(self) -> None:
         """Until every peer has written what this rank wrote last."""
@@ -172,15 +184,15 @@ def _sequence_word(rank: int) -> int:
     return (2 + rank) * WORDS_PER_LINE
 
 
-def _add(slots: torch.Tensor, out: torch.Tensor) -> None:
-    """Sum [size, n] over its rows, in order, into `out` [n]; short types are rounded once, at the end."""
-    if out.dtype is torch.float32 or slots.shape[0] == 2:
+def _add(slots: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    """Sum them in order into `out`; short types are rounded once, at the end."""
+    if len(slots) == 2 or out.dtype is torch.float32:
         torch.add(slots[0], slots[1], out=out)
-        for slot in islice(slots, 2, None):
+        for slot in slots[2:]:
             out.add_(slot)
         return
     total = slots[0].float()
-    for slot in islice(slots, 1, None):
+    for slot in slots[1:]:
         total.add_(slot)
     out.copy_(total)
 
