@@ -20,13 +20,23 @@ HTTP bodies are made from these in `serving/errors.py`, exit codes in `cli.py`, 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class QwenRayError(Exception):
-    """Root of the tree; `exit_code` is what the command line ends with."""
+    """Root of the tree; `exit_code` is what the command line ends with. All of them cross processes whole."""
 
     exit_code: ClassVar[int] = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle would call the constructor with the message alone, which not all of them accept.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[QwenRayError], args: tuple[Any, ...], state: dict[str, Any]) -> QwenRayError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class RequestError(QwenRayError):
