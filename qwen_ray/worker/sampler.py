@@ -16,15 +16,13 @@ import torch
 
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 from qwen_ray.core.step import PromptLogprobs, Sample
-from qwen_ray.worker.noise import MAX_GUMBEL, MIN_GUMBEL, gumbel, stream_key
+from qwen_ray.worker.noise import gumbel, stream_key
 from qwen_ray.worker.prepare import PromptRows, to_tensor
 from qwen_ray.worker.sequences import SequenceState
 
-# A token this far below the best one cannot win, whatever the noise: leaving it out changes nothing.
-REACH = MAX_GUMBEL - MIN_GUMBEL + 0.01
-# Bounds of the memory that is needed beside the logits.
-PIECE_ELEMENTS = 2**21  # logits that are drawn from together
-PIECE_ROWS = 64  # rows of prompt logits that are described together
+PIECE_ROWS = 64  # rows of prompt logits that are described together: bounds the memory
+PIECE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}  # noise made at a time: what fits a cache, or fills a GPU
+NUM_BEST = 512  # of so many tokens top_k and top_p choose before anything is sorted
 MIN_TEMPERATURE = 1e-5  # below it, the same as greedy but for ties
 
 
@@ -61,60 +59,75 @@ def adjust(logits: torch.Tensor, states: Sequence[SequenceState]) -> None:
 
 
 def draw(logits: torch.Tensor, states: Sequence[SequenceState]) -> list[int]:
-    """A token for each row of `logits` [len(states), vocab], by its temperature and filters."""
-    size = max(1, PIECE_ELEMENTS // logits.shape[1])
-    return [
-        token_id
-        for start in range(0, len(states), size)
-        for token_id in _draw_piece(logits[start : start + size], states[start : start + size])
-    ]
+    """A token for each row of `logits` [len(states), vocab], by its temperature and filters.
 
-
-def _draw_piece(logits: torch.Tensor, states: Sequence[SequenceState]) -> list[int]:
-    """Gumbel-max: the argmax of `logits / temperature + noise` is a sample of the softmax; filters cut it first."""
+    Gumbel-max: the argmax of `logits / temperature + noise` is a sample of the softmax; filters cut it first.
+    """
     params = [state.sampling for state in states]
     temperature = _column(params, "temperature", logits).clamp_min_(MIN_TEMPERATURE)
     scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)  # at most 0
-    scores, token_ids = candidates(scaled)
-    if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
-        scores, order = scores.sort(dim=-1, descending=True, stable=True)
-        token_ids = token_ids.gather(-1, order)
-        scores = cut(scores, params)
-    keys = torch.tensor([[stream_key(state.seed, state.num_tokens)] for state in states], device=logits.device)
-    best = (scores + gumbel(keys, token_ids)).argmax(-1, keepdim=True)
-    return token_ids.gather(-1, best)[:, 0].tolist()
+    words = [stream_key(state.seed, state.num_tokens) for state in states]
+    keys = torch.tensor(words, dtype=torch.int32, device=logits.device)
+    is_cut = [p.top_k > 0 or p.top_p < 1.0 for p in params]
+    tokens = torch.empty(len(states), dtype=torch.int64, device=logits.device)
+    for rows, choose in (
+        ([i for i, cut in enumerate(is_cut) if not cut], _draw_from_all),
+        ([i for i, cut in enumerate(is_cut) if cut], _draw_from_best),
+    ):
+        if rows:
+            own = slice(None) if len(rows) == len(states) else rows
+            tokens[own] = choose(scaled[own], keys[own], [params[i] for i in rows])
+    return tokens.tolist()
 
 
-def candidates(scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of each row that noise can lift to the top: (scores float64, ids), both [rows, most candidates].
+def _draw_from_all(scaled: torch.Tensor, keys: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Token ids [rows] where there is no top_k and no top_p."""
+    if any(p.min_p > 0.0 for p in params):
+        scaled = scaled.masked_fill(scaled.exp() < _column(params, "min_p", scaled), float("-inf"))
+    num_rows, vocab = scaled.shape
+    best = torch.full((num_rows,), float("-inf"), device=scaled.device)
+    tokens = torch.zeros(num_rows, dtype=torch.int64, device=scaled.device)
+    ids = torch.arange(vocab, dtype=torch.int32, device=scaled.device)
+    size = max(1, PIECE_ELEMENTS[scaled.device.type] // num_rows)
+    for start in range(0, vocab, size):
+        noise = gumbel(keys, ids[start : start + size])
+        score, column = noise.add_(scaled[:, start : start + size]).max(-1)
+        is_better = score > best
+        best = torch.where(is_better, score, best)
+        tokens = torch.where(is_better, column + start, tokens)
+    return tokens
 
-    Ids ascend; shorter rows are filled up with scores of -inf.
+
+def _draw_from_best(scaled: torch.Tensor, keys: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Token ids [rows] under top_k and top_p: the best few tokens are nearly always enough, and cheap to find."""
+    num_best = min(NUM_BEST, scaled.shape[1])
+    scores, ids = scaled.topk(num_best, dim=-1)
+    total = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    top_k, top_p = _column(params, "top_k", total), _column(params, "top_p", total)
+    reaches = scores.exp().sum(-1, keepdim=True, dtype=torch.float64) >= top_p * total
+    is_enough = torch.where(top_k > 0, top_k <= num_best, reaches)
+    noisy = cut(scores, total, params) + gumbel(keys, ids.int())
+    tokens = ids.gather(-1, noisy.argmax(-1, keepdim=True))[:, 0]
+    for row in (~is_enough[:, 0]).nonzero()[:, 0].tolist():
+        scores, ids = scaled[row : row + 1].sort(dim=-1, descending=True, stable=True)
+        noisy = cut(scores, total[row : row + 1], params[row : row + 1]) + gumbel(keys[row : row + 1], ids.int())
+        tokens[row] = ids[0, noisy.argmax()]
+    return tokens
+
+
+def cut(scores: torch.Tensor, total: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """-inf for what top_k, then top_p, then min_p leave out of `scores` [rows, n], which descend from 0 in each row.
+
+    `total` [rows, 1] is the mass of a row's whole vocabulary. top_p keeps the fewest tokens whose mass reaches it:
+    those with less than it before them.
     """
-    rows, token_ids = (scaled >= -REACH).nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=scaled.shape[0])
-    columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    shape = (scaled.shape[0], int(counts.max()))
-    scores = torch.full(shape, float("-inf"), dtype=torch.float64, device=scaled.device)
-    scores[rows, columns] = scaled[rows, token_ids].double()
-    ids = torch.zeros(shape, dtype=torch.int64, device=scaled.device)
-    ids[rows, columns] = token_ids
-    return scores, ids
-
-
-def cut(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """-inf for what top_k, then top_p, then min_p leave out of `scores` [rows, n], which descend along each row.
-
-    top_p keeps the fewest tokens whose mass reaches it: those with less than it before them.
-    """
-    top_k = _column(params, "top_k", scores)
-    top_p = _column(params, "top_p", scores)
-    min_p = _column(params, "min_p", scores)
-    ranks = torch.arange(scores.shape[1], device=scores.device)
-    scores = scores.masked_fill((top_k > 0) & (ranks >= top_k), float("-inf"))
-    mass = scores.exp()
-    total = mass.cumsum(-1)
-    is_out = (top_p < 1.0) & (total - mass >= top_p * total[:, -1:])
-    is_out |= mass < min_p * mass[:, :1]
+    top_k, top_p, min_p = (_column(params, name, total) for name in ("top_k", "top_p", "min_p"))
+    is_out = (top_k > 0) & (torch.arange(scores.shape[1], device=scores.device) >= top_k)
+    mass = scores.double().exp().masked_fill_(is_out, 0.0)
+    reached = mass.cumsum(-1)
+    total = torch.where(top_k > 0, reached[:, -1:], total)
+    is_out |= (top_p < 1.0) & (reached - mass >= top_p * total)
+    is_out |= mass < min_p
     return scores.masked_fill(is_out, float("-inf"))
 
 

@@ -168,19 +168,23 @@ def test_positions_of_one_seed_are_independent_draws() -> None:
     assert ((pairs - both) ** 2 / both).sum() < 63 + 4.5 * math.sqrt(126)
 
 
-def test_leaving_out_the_hopeless_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = random_logits(200, scale=12.0)
-    rows = [sequence(seed=seed) for seed in range(200)]
-    chosen = draw(logits, rows)
-    monkeypatch.setattr(sampler, "REACH", math.inf)
-    assert draw(logits, rows) == chosen
+OPTIONS = [
+    {},
+    {"top_p": 0.9},
+    {"top_k": 5},
+    {"top_p": 0.5, "min_p": 0.2},
+    {"min_p": 0.1},
+    {"top_k": 30, "top_p": 0.8},
+    {"top_k": 40, "top_p": 0.1},
+]
 
 
-def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = random_logits(30)
-    rows = [sequence(seed=seed, top_p=0.9) for seed in range(30)]
+@pytest.mark.parametrize("name", ["PIECE_ELEMENTS", "NUM_BEST"])
+def test_sizes_of_the_work_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(210)
+    rows = [sequence(seed=seed, **OPTIONS[seed % len(OPTIONS)]) for seed in range(210)]
     chosen = draw(logits, rows)
-    monkeypatch.setattr(sampler, "PIECE_ELEMENTS", 4 * VOCAB)
+    monkeypatch.setattr(sampler, name, {"cpu": 200} if name == "PIECE_ELEMENTS" else 4)
     assert draw(logits, rows) == chosen
 
 
