@@ -7,7 +7,6 @@ what one engine step adds to one request.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -66,7 +65,7 @@ class SamplingParams:
             ("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS),
         ]
         for name, value, low, high in in_range:
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:  # NaN is in no range
                 raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}.", param=name)
         if self.top_p == 0.0:
             raise InvalidRequest("top_p must be above 0, got 0.", param="top_p")

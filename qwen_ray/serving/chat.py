@@ -13,9 +13,9 @@ from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 from qwen_ray.serving import schema
 from qwen_ray.serving.answer import prompt_logprobs, stream_response, token_logprobs, usage
-from qwen_ray.serving.choice import Piece
 from qwen_ray.serving.generation import Generation, Generator, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
+from qwen_ray.text.choice import Piece
 
 
 async def create(

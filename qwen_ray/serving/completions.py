@@ -14,9 +14,9 @@ from qwen_ray.core.errors import InvalidRequest, RequestTooLarge
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 from qwen_ray.serving import schema
 from qwen_ray.serving.answer import finite, prompt_logprobs, stream_response, token_text, usage
-from qwen_ray.serving.choice import Choice, Piece
 from qwen_ray.serving.generation import Generation, Generator, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
+from qwen_ray.text.choice import Choice, Piece
 from qwen_ray.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024

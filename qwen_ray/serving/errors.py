@@ -25,7 +25,13 @@ RETRY_SECONDS = 5.0  # of an error that does not know better
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+    param = None if error.param is None else _speakable(error.param)
+    return {"error": {"message": _speakable(error.message), "type": error.kind, "param": param, "code": error.code}}
+
+
+def _speakable(text: str) -> str:
+    """What a client wrote may hold lone surrogates, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def error_response(error: RequestError) -> JSONResponse:

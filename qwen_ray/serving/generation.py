@@ -18,8 +18,8 @@ from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestE
 from qwen_ray.core.request import GenerateRequest, SamplingParams
 from qwen_ray.core.stats import RequestTimes
 from qwen_ray.metrics.recorder import IngressRecorder
-from qwen_ray.serving.choice import Choice, Piece
 from qwen_ray.serving.dispatch import Dispatcher
+from qwen_ray.text.choice import Choice, Piece
 from qwen_ray.text.tokenizer import Tokenizer
 
 T = TypeVar("T")

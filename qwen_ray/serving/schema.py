@@ -87,7 +87,7 @@ class SamplingFields(Request):
     min_tokens: Count = 0
     prompt_logprobs: Count | None = None
     skip_special_tokens: Flag = True
-    priority: Count = 0
+    priority: Annotated[Count, Field(ge=-(2**31), lt=2**31)] = 0
     stream: Flag = False
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -10,7 +10,6 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -18,12 +17,11 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
-def event(data: BaseModel | dict[str, Any]) -> bytes:
-    """One event. Of a model, only the fields that were given: OpenAI's chunks leave out what did not change."""
-    text = data.model_dump_json(exclude_unset=True) if isinstance(data, BaseModel) else json.dumps(data)
-    return b"data: " + text.encode() + b"\n\n"
+def event(data: dict[str, Any]) -> bytes:
+    return b"data: " + _to_json(data).encode() + b"\n\n"
 
 
 class ClientGone(Exception):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
-from qwen_ray.serving.choice import Choice
+from qwen_ray.text.choice import Choice
 from qwen_ray.text.tokenizer import Tokenizer
 
 EOS = 257

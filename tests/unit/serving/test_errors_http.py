@@ -82,6 +82,39 @@ async def test_bodies_that_are_no_object(server: Any) -> None:
         assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+async def test_strange_bodies_are_the_client_s_fault(server: Any) -> None:
+    deep = '{"a":' * 20_000 + "1" + "}" * 20_000
+    for body in (
+        '{"\\ud800": 1}',
+        '{"messages": [], "model": "\\ud800"}',
+        '{"prompt": "x", "seed": 1' + "0" * 400 + "}",
+        '{"prompt": "x", "seed": 1' + "0" * 5000 + "}",
+        '{"prompt": "x", "priority": 1' + "0" * 40 + "}",
+        '{"prompt": [1' + "0" * 40 + "]}",
+        '{"prompt": "x", "temperature": NaN}',
+        '{"prompt": "x", "temperature": 1e999}',
+        '{"prompt": "x", "logit_bias": {"5": NaN}}',
+        '{"prompt": "x", "logit_bias": {"²": 1}}',
+        '{"prompt": "x", "stop": ["a", 1]}',
+        '{"prompt": "x", "stop": ""}',
+        '{"prompt": [[1, 2], "x"]}',
+        '{"prompt": [[]]}',
+        deep,
+        "\ufeff{}",
+        "null",
+    ):
+        for path in (CHAT, TEXT):
+            response = await server.client.post(path, content=body, headers={"Content-Type": "application/json"})
+            assert response.status_code in (400, 404), (body[:80], response.text)
+            assert response.json()["error"]["message"]
+    for content in (b"\xff\xfe", b'{"prompt": "\xff"}'):
+        response = await server.client.post(TEXT, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400
+    half = await server.client.post(TEXT, content='{"prompt": "\\ud800"}', headers={"Content-Type": "application/json"})
+    assert half.status_code == 200
+    assert server.is_idle()
+
+
 async def test_a_body_that_is_too_large(server: Any) -> None:
     body = {"messages": [{"role": "user", "content": "x" * 300_000}]}
     response = await server.client.post(CHAT, json=body)
