@@ -114,7 +114,10 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "weights_bytes_per_rank": [rank.weights for rank in candidate.ranks],
         "tables_bytes_per_rank": [rank.tables for rank in candidate.ranks],
         "kv_bytes_per_rank": [rank.kv_per_block * candidate.engine.num_blocks for rank in candidate.ranks],
-        "activation_bytes_per_rank": [rank.activations for rank in candidate.ranks],
+        "activation_bytes_per_rank": [
+            rank.activations + rank.gather_per_block * candidate.engine.num_blocks for rank in candidate.ranks
+        ],
+        "held_bytes_per_rank": [rank.held(candidate.engine.num_blocks) for rank in candidate.ranks],
         "reserve_bytes_per_rank": [rank.reserve for rank in candidate.ranks],
         "total_bytes_per_rank": [candidate.rank_bytes(rank.rank) for rank in candidate.ranks],
         "usable_bytes": candidate.usable_bytes,
@@ -192,7 +195,7 @@ def _sizes_by_name(candidate: Candidate, rank: int) -> dict[str, int]:
         "weights": memory.weights,
         "KV cache": memory.kv_per_block * candidate.engine.num_blocks,
         "rotary tables": memory.tables,
-        "activations": memory.activations,
+        "activations": memory.activations + memory.gather_per_block * candidate.engine.num_blocks,
         "reserve": memory.reserve,
     }
 

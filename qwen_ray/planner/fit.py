@@ -37,7 +37,7 @@ class Pool:
     @property
     def num_blocks(self) -> int:
         """That fit beside the rest; negative when the rest alone does not."""
-        return (self.usable - self.needed(0)) // sum(rank.kv_per_block for rank in self.ranks)
+        return (self.usable - self.needed(0)) // sum(rank.per_block for rank in self.ranks)
 
     def needed(self, num_blocks: int) -> int:
         return sum(rank.total(num_blocks) for rank in self.ranks)
@@ -280,7 +280,7 @@ def _inequality(request: PlanRequest, pool: Pool, num_blocks: int) -> str:
         ("weights", sum(rank.weights for rank in pool.ranks)),
         (f"KV cache {num_blocks * request.block_size} tokens", kv),
         ("rotary tables", sum(rank.tables for rank in pool.ranks)),
-        ("activations", sum(rank.activations for rank in pool.ranks)),
+        ("activations", sum(rank.activations + rank.gather_per_block * num_blocks for rank in pool.ranks)),
         ("reserve", sum(rank.reserve for rank in pool.ranks)),
     ]
     total = " + ".join(f"{name} {gb(size)}" for name, size in parts if size)

@@ -18,23 +18,25 @@ MIB = 2**20
 # of the memory above `memory_utilization` is for.
 CUDA_CONTEXT_BYTES = 700 * MIB
 NCCL_BYTES = 500 * MIB
-# Of the reference attention, per head, query and key: scores, masked scores and weights in float32, and the mask. CUDA
-# kernels keep none of them.
-SCORE_BYTES = 13
-# Of the sampler, per row and token of the vocabulary: logits, then sorted candidates in float64 with ids. Measured.
-SAMPLER_BYTES = 88
+# Of the sampler, per row and token of the vocabulary: logits, scaled ones, their exponentials, copies for logprobs.
+SAMPLER_BYTES = 28
 # A CPU rank's interpreter with torch and Ray. Stated, not counted: it is there whatever the model.
 CPU_PROCESS_BYTES = 450 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Bytes of one rank. `kv_per_block`: K and V of one block in all of the rank's layers."""
+    """Bytes of one rank.
+
+    `kv_per_block`: K and V of one block in all of the rank's layers; `gather_per_block`: of one layer, where decoding
+    copies them together.
+    """
 
     rank: int
     weights: int
     tables: int  # cosines and sines of every position
     kv_per_block: int
+    gather_per_block: int
     activations: int
     reserve: int
 
@@ -43,9 +45,14 @@ class RankMemory:
         """All but the KV cache."""
         return self.weights + self.tables + self.activations + self.reserve
 
+    @property
+    def per_block(self) -> int:
+        """What one more block of KV cache costs."""
+        return self.kv_per_block + self.gather_per_block
+
     def total(self, num_blocks: int) -> int:
         """What must be free for it: the most that it will ever hold."""
-        return self.fixed + self.kv_per_block * num_blocks
+        return self.fixed + self.per_block * num_blocks
 
     def held(self, num_blocks: int) -> int:
         """What stays between steps: weights, tables and KV cache."""
@@ -55,11 +62,13 @@ class RankMemory:
 def rank_memory(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> RankMemory:
     """`engine.num_blocks` is not looked at; `kind` is the device's: cuda or cpu."""
     width = DTYPE_BYTES[dtype]
+    kv_per_block = num_kv_elements(config, shard) * engine.block_size * width
     return RankMemory(
         rank=shard.rank,
         weights=num_weights(config, shard) * width,
         tables=engine.max_model_len * config.head_dim * width,
-        kv_per_block=num_kv_elements(config, shard) * engine.block_size * width,
+        kv_per_block=kv_per_block,
+        gather_per_block=kv_per_block // len(shard.layers) if kind == "cpu" else 0,
         activations=activation_bytes(config, shard, dtype, engine, kind),
         reserve=reserve_bytes(shard, kind),
     )
@@ -108,9 +117,9 @@ def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: Engi
     q, kv = len(shard.heads) * config.head_dim, len(shard.kv_heads) * config.head_dim
     attention = tokens * (3 * q + 2 * kv) * width  # qkv, rotated q, output
     if kind == "cpu":
-        # One sequence at a time: its keys and values for every query head, and the scores of the last chunk.
-        queries = min(tokens, context)
-        attention += 2 * context * q * width + len(shard.heads) * queries * context * SCORE_BYTES
+        # One chunk at a time: its sequence's keys and values, once more for every query head, and its mask, which is
+        # booleans first and numbers in the fused kernel.
+        attention += 2 * context * (kv + q) * width + min(tokens, context) * context * (1 + width)
     mlp = tokens * 3 * max(len(shard.intermediate), _cut_expert(config, shard)) * width  # gate and up, their product
     layer = 2 * tokens * hidden * width + max(attention, mlp)
     rows = min(engine.max_num_seqs, tokens)

@@ -122,7 +122,8 @@ def test_what_is_held_between_steps_and_at_most() -> None:
     config = known("demo")
     memory = rank_memory(config, ParallelPlan.of(config).shard(config, 0), "float32", ENGINE, "cpu")
     assert memory.held(10) == memory.weights + memory.tables + 10 * memory.kv_per_block
-    assert memory.total(10) == memory.held(10) + memory.activations
+    assert memory.gather_per_block * 30 == memory.kv_per_block
+    assert memory.total(10) == memory.held(10) + memory.activations + 10 * memory.gather_per_block
     assert memory.reserve == 0
 
 
