@@ -1,6 +1,6 @@
 """A plan in words, tables and JSON. Decides nothing, and prints nothing: callers do.
 
-GB are 10^9 bytes throughout.
+GB are 10^9 bytes and MB 10^6 throughout.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from qwen_ray.core.hardware import GB
 from qwen_ray.core.plan import Span
 from qwen_ray.planner.candidate import Candidate, PlanReport
-from qwen_ray.planner.memory import CPU_PROCESS_BYTES
+from qwen_ray.planner.memory import CPU_PROCESS_BYTES, in_words
 
 HEADER = (
     *("tp", "pp", "dp", "weights/rank", "KV/token", "activations", "reserve"),
     *("KV tokens", "sequences", "TTFT", "TPOT", "tokens/s", "verdict"),
 )
 MAX_FITTING, MAX_REJECTED = 12, 8  # rows that are shown
+MAX_PLACES = 8  # lines
 
 
 def rows(report: PlanReport) -> list[tuple[str, ...]]:
@@ -67,13 +67,16 @@ def placement_lines(candidate: Candidate) -> list[str]:
         members = [rank.rank for rank in group]
         layers = plan.stages[members[0] // plan.tp]
         who = f"rank {members[0]}" if len(members) == 1 else f"ranks {members[0]} to {members[-1]}, each"
-        parts = [f"{name} {_gb(size)}" for name, size in _sizes_by_name(candidate, members[0]).items() if size]
-        total = _gb(candidate.rank_bytes(members[0]))
+        parts = [f"{name} {in_words(size)}" for name, size in _sizes_by_name(candidate, members[0]).items() if size]
+        total = in_words(candidate.rank_bytes(members[0]))
         lines.append(f"  {who} (layers {_span(layers)}): {' + '.join(parts)} = {total}")
     if candidate.request.kind == "cpu":
-        lines.append(f"  beside this, each rank's process takes about {_gb(CPU_PROCESS_BYTES)} (Python, torch, Ray)")
-    lines += list(_places(candidate))
-    return lines
+        lines.append(
+            f"  beside this, each rank's process takes about {in_words(CPU_PROCESS_BYTES)} (Python, torch, Ray)"
+        )
+    places = list(_places(candidate))
+    rest = len(places) - MAX_PLACES
+    return lines + places[:MAX_PLACES] + ([f"  and so on: {rest} more"] if rest > 0 else [])
 
 
 def to_json(report: PlanReport) -> dict[str, Any]:
@@ -161,10 +164,10 @@ def _row(candidate: Candidate, report: PlanReport) -> tuple[str, ...]:
     if not candidate.ranks:
         return (*degrees, *["-"] * (len(HEADER) - 4), f"no: {candidate.reason}")
     sizes = (
-        _gb(max(rank.weights for rank in candidate.ranks)),
+        in_words(max(rank.weights for rank in candidate.ranks)),
         f"{candidate.kv_bytes_per_token / 1e3:.1f} kB",
-        _gb(max(rank.activations for rank in candidate.ranks)),
-        _gb(max(rank.reserve for rank in candidate.ranks)),
+        in_words(max(rank.activations for rank in candidate.ranks)),
+        in_words(max(rank.reserve for rank in candidate.ranks)),
     )
     if estimated is None:
         return (*degrees, *sizes, "-", "-", "-", "-", "-", f"no: {candidate.reason}")
@@ -225,7 +228,3 @@ def _span(span: Span) -> str:
 
 def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / GB:.2f} GB"

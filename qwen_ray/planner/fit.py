@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from qwen_ray.core.hardware import GB, GIB
+from qwen_ray.core.hardware import GIB
 from qwen_ray.core.model_config import DTYPE_BYTES
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, Span
 from qwen_ray.planner.candidate import Candidate, PlanRequest
 from qwen_ray.planner.cost import Estimate, Site, estimate
-from qwen_ray.planner.memory import RankMemory, num_layer_weights, rank_memory
+from qwen_ray.planner.memory import RankMemory, in_words, num_layer_weights, rank_memory
 from qwen_ray.planner.placement import Replica, divide_layers, node_memory, place_on_cpus, place_on_gpus
 
 # A CPU node's memory belongs to others too: unless asked for more, KV caches take this much of it.
@@ -272,9 +272,6 @@ def _too_few_devices(request: PlanRequest, tp: int, pp: int) -> str:
 
 
 def _inequality(request: PlanRequest, pool: Pool, num_blocks: int) -> str:
-    def gb(num_bytes: float) -> str:
-        return f"{num_bytes / GB:.2f} GB"
-
     kv = sum(rank.kv_per_block for rank in pool.ranks) * num_blocks
     parts = [
         ("weights", sum(rank.weights for rank in pool.ranks)),
@@ -283,7 +280,8 @@ def _inequality(request: PlanRequest, pool: Pool, num_blocks: int) -> str:
         ("activations", sum(rank.activations + rank.gather_per_block * num_blocks for rank in pool.ranks)),
         ("reserve", sum(rank.reserve for rank in pool.ranks)),
     ]
-    total = " + ".join(f"{name} {gb(size)}" for name, size in parts if size)
+    total = " + ".join(f"{name} {in_words(size)}" for name, size in parts if size)
     shared = f"{len(pool.ranks)} ranks on {pool.name}" if len(pool.ranks) > 1 else pool.name
-    limit = f"{gb(pool.usable)} usable of {shared} ({gb(pool.num_bytes)} x {request.memory_utilization:g})"
-    return f"{total} = {gb(pool.needed(num_blocks))} > {limit}"
+    whole = f"{in_words(pool.num_bytes)} x {request.memory_utilization:g}"
+    limit = f"{in_words(pool.usable)} usable of {shared} ({whole})"
+    return f"{total} = {in_words(pool.needed(num_blocks))} > {limit}"

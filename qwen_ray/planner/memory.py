@@ -133,6 +133,11 @@ def reserve_bytes(shard: Shard, kind: str) -> int:
     return CUDA_CONTEXT_BYTES + (NCCL_BYTES if shard.world_size > 1 else 0)
 
 
+def in_words(num_bytes: float) -> str:
+    """`1.23 GB`, or `4.5 MB` where that would be nothing."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 or not num_bytes else f"{num_bytes / 1e6:.1f} MB"
+
+
 def _cut(size: int, shard: Shard) -> int:
     """A rank's part of an expert's intermediate size, cut as `ParallelPlan.shard` cuts the dense one."""
     unit = INTERMEDIATE_UNIT if size % INTERMEDIATE_UNIT == 0 else 1
