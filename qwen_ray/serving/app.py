@@ -61,8 +61,8 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=8,
         max_constructor_retry_count=1,  # what can pass is tried again in there; the rest would only fail later
     )(Replica)
-    replicas = replica.bind(spec, APP)
-    return ingress.bind(served_model(model, spec), spec.path, APP, settings.http.max_body_bytes, replicas)
+    replicas = replica.bind(spec, APP, settings.observability.log_level)
+    return ingress.bind(settings, served_model(model, spec), spec.path, APP, replicas)
 
 
 def replica_spec(settings: Settings) -> ReplicaSpec:

@@ -7,6 +7,7 @@ request's choices while they grow. Knows nothing of JSON, routes or replicas.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 import uuid
@@ -21,6 +22,8 @@ from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.text.choice import Choice, Piece
 from qwen_ray.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -44,12 +47,20 @@ class Model:
 class Generation:
     """One HTTP request's choices, `n` for each prompt: choice `index` belongs to prompt `index // n`."""
 
-    def __init__(self, choices: list[Choice], n: int, dispatcher: Dispatcher, recorder: IngressRecorder) -> None:
+    def __init__(
+        self,
+        choices: list[Choice],
+        n: int,
+        dispatcher: Dispatcher,
+        recorder: IngressRecorder,
+        on_text: Callable[[Choice, Piece], None],
+    ) -> None:
         self.choices = choices
         self._firsts = choices[::n]  # of each prompt
         self._by_id = {choice.request.request_id: choice for choice in choices}
         self._dispatcher = dispatcher
         self._recorder = recorder
+        self._on_text = on_text
 
     @property
     def num_tokens(self) -> int:
@@ -78,12 +89,15 @@ class Generation:
                     pieces: list[Piece] = []
                     for request_id, delta in await stream.take():
                         choice = self._by_id[request_id]
-                        if choice.finish_reason is None:
-                            pieces.append(choice.push(delta))
-                            clock.took(choice, len(pieces[-1].token_ids))
+                        if choice.finish_reason is not None:  # by a stop string, a moment ago
+                            continue
+                        pieces.append(choice.push(delta))
+                        clock.took(choice, len(pieces[-1].token_ids))
+                        self._on_text(choice, pieces[-1])
                         if choice.finish_reason is not None:
                             stream.drop(request_id)
-                    yield pieces
+                    if pieces:
+                        yield pieces
         except RequestError:
             clock.ended("error")
             raise
@@ -141,11 +155,22 @@ class _Clock:
 
 
 class Generator:
-    def __init__(self, model: Model, tokenizer: Tokenizer, dispatcher: Dispatcher, recorder: IngressRecorder) -> None:
+    """`log_requests` writes prompts and answers to the log: for finding out, not for production."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        dispatcher: Dispatcher,
+        recorder: IngressRecorder,
+        *,
+        log_requests: bool = False,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._recorder = recorder
+        self._log_requests = log_requests
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, variables: Mapping[str, Any]
@@ -196,7 +221,16 @@ class Generator:
                 Choice(len(choices) + i, single, sampling.stop, self.tokenizer)
                 for i, single in enumerate(request.choices())
             ]
-        return Generation(choices, sampling.n, self._dispatcher, self._recorder)
+        return Generation(choices, sampling.n, self._dispatcher, self._recorder, self._log)
+
+    def _log(self, choice: Choice, piece: Piece) -> None:
+        if not self._log_requests:
+            return
+        request = choice.request
+        if choice.num_tokens == len(piece.token_ids):
+            prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
+            logger.info("%s asks %r with %s", request.request_id, prompt, request.sampling)
+        logger.info("%s gets %r %s", request.request_id, piece.text, piece.finish_reason or "")
 
     def _room(self, prompt: Sequence[int], max_tokens: int | None, param: str) -> int:
         """How many tokens may follow `prompt`."""

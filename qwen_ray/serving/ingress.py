@@ -17,10 +17,12 @@ from ray import serve
 
 from qwen_ray.cluster.channel import Channel, connect, listen
 from qwen_ray.cluster.directory import Directory, Entry
+from qwen_ray.config import Settings
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.generation import Generator, Model
+from qwen_ray.serving.logs import configure_logs
 from qwen_ray.serving.messages import CODEC
 from qwen_ray.serving.routes import Service, create_app
 from qwen_ray.text.tokenizer import Tokenizer
@@ -34,12 +36,13 @@ async def open_channel(entry: Entry) -> Channel[Any]:
 
 @serve.ingress()
 class Ingress:
-    async def __init__(self, model: Model, path: str, app: str, max_body_bytes: int, replicas: object) -> None:
+    async def __init__(self, settings: Settings, model: Model, path: str, app: str, replicas: object) -> None:
         """`path` is where the tokenizer lies on this node: a directory or a GGUF file. Raises CheckpointError.
 
         `replicas` is Serve's handle; it is here so that Serve deploys them, requests take another way.
         """
         ingress = serve.get_replica_context().replica_id.unique_id
+        configure_logs(settings.observability.log_level, f"ingress {ingress}")
         tokenizer = await asyncio.to_thread(Tokenizer.load, Path(path))
         recorder = IngressRecorder(model.name, ingress)
         self._directory = Directory(app)
@@ -49,12 +52,14 @@ class Ingress:
         )
         fleet = Fleet(ingress, self._dispatcher, recorder, lambda: self._directory.list("ingress"), open_channel)
         self._service = Service(
-            generator=Generator(model, tokenizer, self._dispatcher, recorder),
+            generator=Generator(
+                model, tokenizer, self._dispatcher, recorder, log_requests=settings.observability.log_requests
+            ),
             dispatcher=self._dispatcher,
             recorder=recorder,
             metrics=fleet.metrics,
             status=fleet.status,
-            max_body_bytes=max_body_bytes,
+            max_body_bytes=settings.http.max_body_bytes,
         )
         await self._dispatcher.start()
         secret = secrets.token_bytes(32)

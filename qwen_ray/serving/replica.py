@@ -30,6 +30,7 @@ from qwen_ray.engine.engine import Engine
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import ReplicaRecorder
 from qwen_ray.serving.autoscaling import autoscaling_stats
+from qwen_ray.serving.logs import configure_logs
 from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
 from qwen_ray.serving.patience import Patience
 from qwen_ray.serving.sessions import Sessions
@@ -54,10 +55,11 @@ class CurrentRanks:
 
 
 class Replica:
-    async def __init__(self, spec: ReplicaSpec, app: str) -> None:
+    async def __init__(self, spec: ReplicaSpec, app: str, log_level: str) -> None:
         """Returns when it can take requests. Raises what the ranks raise (CheckpointError, PlanRefused, …)."""
         self._spec = spec
         self._id = serve.get_replica_context().replica_id.unique_id
+        configure_logs(log_level, f"replica {self._id}")
         self._state: ReplicaState = "loading"
         self._error: str | None = None
         self._stage = "starting"

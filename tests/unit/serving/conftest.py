@@ -212,7 +212,7 @@ class Server:
             eos_token_ids=(EOS,),
         )
         fleet = Fleet("one", self.dispatcher, self.recorder, self._find_ingresses, self._connect)
-        service = Service(
+        self.service = Service(
             generator=Generator(model, self.tokenizer, self.dispatcher, self.recorder),
             dispatcher=self.dispatcher,
             recorder=self.recorder,
@@ -220,7 +220,7 @@ class Server:
             status=fleet.status,
             max_body_bytes=200_000,
         )
-        config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+        config = uvicorn.Config(create_app(self.service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         self._http = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._http.serve())
         await self.until(lambda: self._http is not None and self._http.started)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
+
+import pytest
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 The end of the line. STOP and more."
 
@@ -76,3 +79,15 @@ async def test_tokens_and_back(server: Any) -> None:
     assert answer["token_strs"] == ["a", "\ufffd", "\ufffd"]
     back = (await server.client.post("/detokenize", json={"tokens": answer["tokens"]})).json()
     assert back == {"prompt": "añ"}
+
+
+async def test_prompts_and_answers_are_logged_only_when_asked_for(
+    server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="qwen_ray")
+    await complete(server, prompt="secret", max_tokens=2)
+    assert "secret" not in caplog.text
+    server.service.generator._log_requests = True
+    await complete(server, prompt="secret", max_tokens=2)
+    assert "asks 'secret'" in caplog.text
+    assert "gets 'r' length" in caplog.text
