@@ -54,7 +54,8 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """[L, hidden] to logits [L, vocabulary] in float32 on tensor rank 0, None on the others."""
-        return self._group.gather(self._linear(x, self.matrix.weight, None).float(), self._sizes)
+        logits = self._group.gather(self._linear(x, self.matrix.weight, None), self._sizes)
+        return None if logits is None else logits.float()
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.matrix.load(checkpoint, prefix)

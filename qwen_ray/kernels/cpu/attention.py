@@ -1,7 +1,8 @@
 """Paged attention on CPU, through torch's fused attention.
 
-One-token sequences go together. What each is padded to depends on its own length alone, so that neighbours do not
-change its bits; the padding repeats its own first token, so that nothing foreign is ever read.
+One-token sequences go together, as many as keep their gathered keys and values in a core's cache. What each is padded
+to depends on its own length alone, so that neighbours do not change its bits; the padding repeats its own first token,
+so that nothing foreign is ever read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from qwen_ray.kernels.reference import causal_mask
 
 SHORTEST = 64  # tokens that a one-token sequence's context is padded to at least
-STEP = 512  # above this it is padded to multiples of it, the fused kernel's own block
+TOKENS_AT_ONCE = 2048  # gathered for one call, unless a single sequence has more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +37,28 @@ class Prefill:
     seen: torch.Tensor | None  # [queries, context] bool; None: the chunk is the whole context
 
 
+class Scratch:
+    """Room for gathered keys and values, used again by every part of every layer: fresh memory costs page faults."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._rooms: list[torch.Tensor] = []
+
+    def gather(self, cache: torch.Tensor, slots: torch.Tensor, which: int) -> torch.Tensor:
+        """Tokens [n, KV heads, D] of a cache [blocks, block size, KV heads, D]; `which`: 0 or 1, two live at a time."""
+        heads, dim = cache.shape[2:]
+        if not self._rooms:
+            self._rooms = [cache.new_empty(self._num_tokens, heads * dim) for _ in range(2)]
+        room = self._rooms[which][: slots.shape[0]]
+        torch.index_select(cache.view(-1, heads * dim), 0, slots, out=room)
+        return room.view(-1, heads, dim)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
     decodes: tuple[Decodes, ...]
     prefills: tuple[Prefill, ...]
+    scratch: Scratch
 
 
 def plan_attention(
@@ -58,8 +77,14 @@ def plan_attention(
             prefills.append(Prefill(rows=slice(row, row + count), slots=slots, seen=seen))
         row += count
     lens = torch.tensor(context_lens)
-    decodes = [_plan_decodes(block_tables, lens, block_size, size, group) for size, group in by_padding.items()]
-    return AttentionPlan(decodes=tuple(decodes), prefills=tuple(prefills))
+    decodes = [
+        _plan_decodes(block_tables, lens, block_size, size, group[i : i + at_once])
+        for size, group in by_padding.items()
+        for at_once in [max(1, TOKENS_AT_ONCE // size)]
+        for i in range(0, len(group), at_once)
+    ]
+    most = max(part.slots.shape[0] for part in [*decodes, *prefills])
+    return AttentionPlan(decodes=tuple(decodes), prefills=tuple(prefills), scratch=Scratch(most))
 
 
 def _plan_decodes(
@@ -78,21 +103,23 @@ def _slots(tables: torch.Tensor, positions: torch.Tensor, block_size: int) -> to
 
 
 def padded(length: int) -> int:
-    if length > STEP:
-        return -(-length // STEP) * STEP
-    return max(SHORTEST, 1 << (length - 1).bit_length())
+    """The next power of two, or three quarters of it."""
+    power = max(SHORTEST, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > SHORTEST and length <= power * 3 // 4 else power
 
 
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
 ) -> torch.Tensor:
     """As `reference.paged_attention`."""
-    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [slots, KV heads, D]
+    gather = plan.scratch.gather
     out = torch.empty_like(q)
     for part in plan.decodes:
-        out[part.rows] = _decode(q[part.rows], keys[part.slots], values[part.slots], part.seen, scale)
+        k, v = gather(k_cache, part.slots, 0), gather(v_cache, part.slots, 1)
+        out.index_copy_(0, part.rows, _decode(q.index_select(0, part.rows), k, v, part.seen, scale))
     for chunk in plan.prefills:
-        out[chunk.rows] = _prefill(q[chunk.rows], keys[chunk.slots], values[chunk.slots], chunk.seen, scale)
+        k, v = gather(k_cache, chunk.slots, 0), gather(v_cache, chunk.slots, 1)
+        out[chunk.rows] = _prefill(q[chunk.rows], k, v, chunk.seen, scale)
     return out
 
 
