@@ -51,12 +51,14 @@ class Generation:
         self,
         choices: list[Choice],
         n: int,
+        arrival: float,
         dispatcher: Dispatcher,
         recorder: IngressRecorder,
         on_text: Callable[[Choice, Piece], None],
     ) -> None:
         self.choices = choices
         self._firsts = choices[::n]  # of each prompt
+        self._arrival = arrival
         self._by_id = {choice.request.request_id: choice for choice in choices}
         self._dispatcher = dispatcher
         self._recorder = recorder
@@ -81,7 +83,7 @@ class Generation:
 
         Raises RequestError. Before the first item nothing has been shown, so it can still be an HTTP status.
         """
-        clock = _Clock(self._recorder, self.choices)
+        clock = _Clock(self._recorder, self._arrival, self.choices)
         try:
             with self._dispatcher.open([choice.request for choice in self.choices]) as stream:
                 clock.dispatched()
@@ -108,8 +110,9 @@ class Generation:
 class _Clock:
     """When each choice was where, told to the recorder; every choice ends once."""
 
-    def __init__(self, recorder: IngressRecorder, choices: Iterable[Choice]) -> None:
+    def __init__(self, recorder: IngressRecorder, arrival: float, choices: Iterable[Choice]) -> None:
         self._recorder = recorder
+        self._arrival = arrival
         self._submitted = 0.0
         self._first: dict[Choice, float] = {}
         self._last: dict[Choice, float] = {}
@@ -117,15 +120,14 @@ class _Clock:
 
     def dispatched(self) -> None:
         self._submitted = time.time()
-        arrival = next(iter(self._open)).request.arrival
-        self._recorder.dispatched(self._submitted - arrival)
+        self._recorder.dispatched(self._submitted - self._arrival)
 
     def took(self, choice: Choice, num_tokens: int) -> None:
         now = time.time()
         if num_tokens and choice not in self._first:
             self._first[choice] = now
             num_prompt_tokens = len(choice.request.prompt_token_ids)
-            self._recorder.first_tokens(now - choice.request.arrival, num_prompt_tokens, num_tokens)
+            self._recorder.first_tokens(now - self._arrival, num_prompt_tokens, num_tokens)
         elif num_tokens:
             self._recorder.next_tokens(now - self._last[choice], num_tokens)
         self._last[choice] = now
@@ -143,7 +145,7 @@ class _Clock:
         del self._open[choice]
         self._recorder.finished(
             RequestTimes(
-                arrival=choice.request.arrival,
+                arrival=self._arrival,
                 first_scheduled=self._submitted or now,
                 first_token=self._first.get(choice, now),
                 finished=now,
@@ -215,13 +217,13 @@ class Generator:
                 seed=seed,
                 stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *ends))),
                 priority=priority,
-                arrival=arrival,
+                arrival=time.time(),  # at the replicas: what was spent on text before is not time in their queue
             )
             choices += [
                 Choice(len(choices) + i, single, sampling.stop, self.tokenizer)
                 for i, single in enumerate(request.choices())
             ]
-        return Generation(choices, sampling.n, self._dispatcher, self._recorder, self._log)
+        return Generation(choices, sampling.n, arrival, self._dispatcher, self._recorder, self._log)
 
     def _log(self, choice: Choice, piece: Piece) -> None:
         if not self._log_requests:

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
 from qwen_ray.text.choice import Choice
 from qwen_ray.text.tokenizer import Tokenizer
+from qwen_ray.text.vocabulary import Vocabulary
 
 EOS = 257
 REQUEST = GenerateRequest(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=99), seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True) for text in ("<start>", "<end>")])
+    return Tokenizer(Vocabulary(backend=backend, eos_token_ids=(EOS,), chat_templates={}, special_tokens={}))
 
 
 def read(choice: Choice, deltas: list[TokenDelta]) -> tuple[str, int, str | None, int | str | None]:
