@@ -32,6 +32,8 @@ from qwen_ray.worker import kv_cache
 from qwen_ray.worker.runner import Runner
 from qwen_ray.worker.weights import open_checkpoint
 
+CPU_WARM_UP_TOKENS = 128
+
 logger = logging.getLogger(__name__)
 
 
@@ -98,7 +100,11 @@ class Worker:
         logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
 
     def allocate(self) -> None:
-        """Make the KV cache, then run the largest step once: what cannot fit fails now, not under load."""
+        """Make the KV cache, then run a first step: what cannot fit fails now, not under load.
+
+        On a GPU it is the largest step there can be. On a CPU, where that would take long and the memory goes back to
+        the system anyway, it is a small one: libraries set themselves up.
+        """
         assert self._model is not None, "load first"
         self._use_threads()
         engine = self._spec.engine
@@ -110,7 +116,8 @@ class Worker:
             device=self._device,
         )
         self._stats = replace(self._stats, kv_bytes=kv_bytes)
-        Runner(self._model, block_size=engine.block_size, device=self._device).run(largest_step(engine))
+        most = engine.max_num_batched_tokens if self._device.type == "cuda" else CPU_WARM_UP_TOKENS
+        Runner(self._model, block_size=engine.block_size, device=self._device).run(first_step(engine, most))
         give_back_memory()
         self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
 
@@ -153,12 +160,11 @@ class Worker:
             self._thread = threading.get_ident()
 
 
-def largest_step(engine: EngineConfig) -> StepBatch:
-    """As many tokens and sequences as `engine` allows in one step, spread evenly: only their memory matters here."""
-    num_sequences = min(engine.max_num_seqs, engine.max_num_batched_tokens)
-    counts = [
-        min(len(part), engine.max_model_len) for part in split_evenly(engine.max_num_batched_tokens, num_sequences)
-    ]
+def first_step(engine: EngineConfig, most: int) -> StepBatch:
+    """Up to `most` tokens, no more than `engine` allows in one step, over as many sequences as it allows."""
+    num_tokens = min(most, engine.max_num_batched_tokens)
+    parts = split_evenly(num_tokens, min(engine.max_num_seqs, num_tokens))
+    counts = [min(len(part), engine.max_model_len) for part in parts]
     return StepBatch(
         step_id=0,
         new=tuple(

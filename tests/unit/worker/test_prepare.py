@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,9 +62,13 @@ def test_a_prefill_chunk_beside_a_decode() -> None:
     assert [state.sequence_id for state in prepared.samples] == [7]
 
 
-def test_no_row_is_sampled_in_the_middle_of_a_prompt() -> None:
+@pytest.mark.parametrize("num_prompt", [9, 4])
+def test_no_row_is_sampled_before_the_last_known_token(num_prompt: int) -> None:
+    """In the middle of a prompt, or of what was generated before a preemption."""
     batch = StepBatch(
-        step_id=0, new=(new(1, tuple(range(9))),), chunks=(Chunk(sequence_id=1, start=0, count=8, new_blocks=(0, 1)),)
+        step_id=0,
+        new=(new(1, tuple(range(9)), num_prompt=num_prompt),),
+        chunks=(Chunk(sequence_id=1, start=0, count=8, new_blocks=(0, 1)),),
     )
     prepared = run(SequenceTable(), batch)
     assert (prepared.samples, prepared.forward.logit_rows.tolist()) == ((), [])

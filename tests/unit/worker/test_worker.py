@@ -18,7 +18,7 @@ from qwen_ray.core.plan import EngineConfig, ParallelPlan
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
 from qwen_ray.worker.local import LocalExecutor
-from qwen_ray.worker.worker import largest_step
+from qwen_ray.worker.worker import first_step
 
 PROMPTS = [tuple(range(10)), (5, 80, 3), (17,)]
 NUM_NEW = 8
@@ -201,11 +201,13 @@ async def test_dummy_weights_need_no_file() -> None:
 
 
 @pytest.mark.parametrize(("num_seqs", "num_tokens", "max_len"), [(4, 32, 64), (64, 10, 64), (3, 100, 20), (1, 7, 7)])
-def test_the_largest_step_stays_within_the_limits(num_seqs: int, num_tokens: int, max_len: int) -> None:
+@pytest.mark.parametrize("most", [5, 1000])
+def test_the_first_step_stays_within_the_limits(num_seqs: int, num_tokens: int, max_len: int, most: int) -> None:
     engine = EngineConfig(
         num_blocks=3, block_size=4, max_model_len=max_len, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens
     )
-    batch = largest_step(engine)
+    batch = first_step(engine, most)
+    num_tokens = min(num_tokens, most)
     assert batch.num_tokens == min(num_tokens, num_seqs * max_len)
     assert len(batch.chunks) == min(num_seqs, num_tokens)
     for chunk in batch.chunks:
