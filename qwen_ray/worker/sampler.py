@@ -10,7 +10,8 @@ the model's own distribution, before all of these.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -21,7 +22,7 @@ from qwen_ray.worker.prepare import PromptRows, to_tensor
 from qwen_ray.worker.sequences import SequenceState
 
 PIECE_ROWS = 64  # rows of prompt logits that are described together: bounds the memory
-PIECE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}  # noise made at a time: what fits a cache, or fills a GPU
+PIECE_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # noise made at a time: what stays in a cache, or fills a GPU
 NUM_BEST = 512  # of so many tokens top_k and top_p choose before anything is sorted
 MIN_TEMPERATURE = 1e-5  # below it, the same as greedy but for ties
 
@@ -68,16 +69,33 @@ def draw(logits: torch.Tensor, states: Sequence[SequenceState]) -> list[int]:
     scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)  # at most 0
     words = [stream_key(state.seed, state.num_tokens) for state in states]
     keys = torch.tensor(words, dtype=torch.int32, device=logits.device)
+    with one_thread():
+        return _choose(scaled, keys, params).tolist()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Dozens of small operations follow each other here: as many barriers are ruinous where cores are shared."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _choose(scaled: torch.Tensor, keys: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Token ids [rows] for `scaled` [rows, vocab], which are 0 at the most."""
     is_cut = [p.top_k > 0 or p.top_p < 1.0 for p in params]
-    tokens = torch.empty(len(states), dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(len(params), dtype=torch.int64, device=scaled.device)
     for rows, choose in (
         ([i for i, cut in enumerate(is_cut) if not cut], _draw_from_all),
         ([i for i, cut in enumerate(is_cut) if cut], _draw_from_best),
     ):
         if rows:
-            own = slice(None) if len(rows) == len(states) else rows
+            own = slice(None) if len(rows) == len(params) else rows
             tokens[own] = choose(scaled[own], keys[own], [params[i] for i in rows])
-    return tokens.tolist()
+    return tokens
 
 
 def _draw_from_all(scaled: torch.Tensor, keys: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
