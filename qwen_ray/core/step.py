@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 
+# Prompt tokens of one step that are to be described (`prompt_logprobs`). Each takes a row of logits, which at 152,064
+# words is 0.6 MB: without a bound a single request could ask for gigabytes that nobody planned.
+MAX_PROMPT_LOGITS = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSequence:

@@ -16,18 +16,38 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import FinishReason, GenerateRequest, TokenDelta
 from qwen_ray.core.stats import EngineStats, RequestTimes
-from qwen_ray.core.step import Chunk, NewSequence, Sample, StepBatch, StepResult
+from qwen_ray.core.step import MAX_PROMPT_LOGITS, Chunk, NewSequence, Sample, StepBatch, StepResult
 from qwen_ray.engine.block_pool import BlockPool
 from qwen_ray.engine.sequence import Sequence
 
 MAX_RETRY_AFTER = 60.0  # seconds
 by_turn = attrgetter("turn")
+
+
+@dataclass(slots=True, kw_only=True)
+class Budget:
+    """What is left of a step while it is being made."""
+
+    num_tokens: int
+    num_prompt_logits: int = MAX_PROMPT_LOGITS
+
+    def of(self, seq: Sequence) -> int:
+        """How many of its uncomputed tokens still fit."""
+        limit = min(self.num_tokens, self.num_prompt_logits) if seq.wants_prompt_logprobs else self.num_tokens
+        return min(limit, seq.num_uncomputed)
+
+    def spend(self, seq: Sequence, count: int) -> int:
+        self.num_tokens -= count
+        if seq.wants_prompt_logprobs:
+            self.num_prompt_logits -= count
+        return count
 
 
 class Scheduler:
@@ -81,19 +101,16 @@ class Scheduler:
 
     def schedule(self) -> StepBatch | None:
         """The next step, or None while there is nothing to compute."""
-        budget = self._config.max_num_batched_tokens
+        budget = Budget(num_tokens=self._config.max_num_batched_tokens)
         chunks: list[Chunk] = []
         new: list[NewSequence] = []
         for seq in self._ready():
-            count = min(budget, seq.num_uncomputed)
+            count = budget.of(seq)
             if count and (new_blocks := self._grow(seq, seq.num_computed + count)) is not None:
-                chunks.append(self._advance(seq, count, new_blocks))
-                budget -= count
-        while budget and (seq := self._admit()):
+                chunks.append(self._advance(seq, budget.spend(seq, count), new_blocks))
+        while self.waiting and budget.of(self.waiting[0]) and (seq := self._admit()):
             new.append(seq.to_new())
-            count = min(budget, seq.num_uncomputed)
-            chunks.append(self._advance(seq, count, seq.block_table))
-            budget -= count
+            chunks.append(self._advance(seq, budget.spend(seq, budget.of(seq)), seq.block_table))
         if not chunks:
             return None
         self._num_scheduled_steps += 1

@@ -6,6 +6,7 @@ Knows when a sequence has ended. Knows nothing of other sequences, of who else h
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from qwen_ray.core.request import FinishReason, GenerateRequest, TokenLogprobs
 from qwen_ray.core.stats import RequestTimes
@@ -114,11 +115,16 @@ class Sequence:
             self.prompt_logprobs.extend(list(entries)[num_known:])
 
     def to_new(self) -> NewSequence:
+        sampling = self.request.sampling
+        if (
+            self.has_answered and sampling.prompt_logprobs is not None
+        ):  # they have been told: do not make the ranks compute them again
+            sampling = replace(sampling, prompt_logprobs=None)
         return NewSequence(
             sequence_id=self.sequence_id,
             token_ids=tuple(self.token_ids),
             num_prompt_tokens=self.num_prompt_tokens,
-            sampling=self.request.sampling,
+            sampling=sampling,
             seed=self.request.seed,
             stop_token_ids=self.request.stop_token_ids,
         )

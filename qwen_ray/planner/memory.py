@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig
 from qwen_ray.core.plan import INTERMEDIATE_UNIT, EngineConfig, Shard, split_evenly
+from qwen_ray.core.step import MAX_PROMPT_LOGITS
 
 MIB = 2**20
 
@@ -123,7 +124,10 @@ def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: Engi
     mlp = tokens * 3 * max(len(shard.intermediate), _cut_expert(config, shard)) * width  # gate and up, their product
     layer = 2 * tokens * hidden * width + max(attention, mlp)
     rows = min(engine.max_num_seqs, tokens)
-    ends = rows * config.vocab_size * SAMPLER_BYTES if shard.samples else rows * len(shard.vocab) * 4
+    prompt_rows = min(MAX_PROMPT_LOGITS, tokens)
+    ends = rows * len(shard.vocab) * 4
+    if shard.samples:
+        ends = config.vocab_size * (rows * SAMPLER_BYTES + prompt_rows * (4 + width))
     return max(layer, ends if shard.is_last else 0)
 
 

@@ -9,7 +9,7 @@ import pytest
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, TokenDelta
-from qwen_ray.core.step import StepResult
+from qwen_ray.core.step import MAX_PROMPT_LOGITS, StepResult
 from qwen_ray.engine.scheduler import Scheduler
 from tests.unit.engine.fake_ranks import POISON, alone
 from tests.unit.engine.harness import Harness, request
@@ -71,6 +71,22 @@ def test_prompt_logprobs_are_collected_over_chunks_and_turn_hits_off() -> None:
     assert first.num_cached_tokens == 0
     assert all(not delta.prompt_logprobs for delta in rest)
     assert all([lp.token_id for lp in delta.logprobs] == list(delta.token_ids) for delta in harness.deltas["b"])
+
+
+def test_described_prompts_take_few_logits_a_step() -> None:
+    config = EngineConfig(num_blocks=400, max_model_len=2000, max_num_batched_tokens=1000)
+    harness = Harness(config)
+    for i in range(3):
+        plain = request(f"d{i}", range(500 * i, 500 * i + 400))
+        harness.add(replace(plain, sampling=replace(plain.sampling, prompt_logprobs=0)))
+    harness.add(request("plain", range(3000, 3100)))
+    harness.drain()
+    harness.check_ended()
+    batches = harness.ranks.batches
+    wanted = {new.sequence_id for batch in batches for new in batch.new if new.sampling.prompt_logprobs == 0}
+    for batch in batches:
+        assert sum(c.count for c in batch.chunks if c.sequence_id in wanted and c.count > 1) <= MAX_PROMPT_LOGITS
+    assert all(len(harness.deltas[f"d{i}"][0].prompt_logprobs) == 399 for i in range(3))
 
 
 def test_without_prefix_caching_nothing_is_hit() -> None:
