@@ -221,6 +221,15 @@ def load_settings(
     return Settings.from_dict(data, origin=str(file) if file else "settings")
 
 
+def let_waiting_threads_sleep() -> None:
+    """For a model in this process, before torch is imported: OpenMP reads its variables once, when it is loaded.
+
+    Threads that spin at a barrier keep those they wait for from running wherever cores are shared (figures in
+    `cluster/placement.py`, which says the same to ranks). What the user has set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))

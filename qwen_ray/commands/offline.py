@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 
+from qwen_ray import LLM
 from qwen_ray.commands.console import err, out, progress_bars
 from qwen_ray.commands.load import served_model
 from qwen_ray.config import Settings
 from qwen_ray.core.errors import QwenRayError, RequestError
 from qwen_ray.core.request import SamplingParams
-from qwen_ray.llm import LLM
 
 Message = dict[str, str]
 # A prompt or a conversation -> the answer's text as it comes.

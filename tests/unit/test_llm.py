@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +143,14 @@ def test_closed_is_closed(tmp_path: Path) -> None:
     llm.close()
     with pytest.raises(RequestFailed):
         llm.generate("abc")
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise() -> None:
+    script = "import os, qwen_ray; qwen_ray.LLM; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
+        assert done.stdout.decode().strip() == expected
 
 
 def test_options_are_settings() -> None:
