@@ -92,7 +92,7 @@ class LLM:
         config = load_config(path)
         chosen = plan(plan_request(settings, wish, config, this_machine(), dp=1)).require()
         self.spec = chosen.replica_spec(name=wish.name, path=str(path), load_format=wish.load_format)
-        self.tokenizer = Tokenizer.load(path)
+        self.tokenizer = Tokenizer.load(path, wish.load_format)
         self._end_tokens = tuple(dict.fromkeys((*config.eos_token_ids, *self.tokenizer.eos_token_ids)))
         self._executor = LocalExecutor(
             self.spec, on_progress=lambda done, total: on_progress("loading weights", done, total)

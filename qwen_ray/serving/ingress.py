@@ -43,7 +43,7 @@ class Ingress:
         """
         ingress = serve.get_replica_context().replica_id.unique_id
         configure_logs(settings.observability.log_level, f"ingress {ingress}")
-        tokenizer = await asyncio.to_thread(Tokenizer.load, Path(path))
+        tokenizer = await asyncio.to_thread(Tokenizer.load, Path(path), settings.models[0].load_format)
         recorder = IngressRecorder(model.name, ingress)
         self._directory = Directory(app)
         self._dispatcher = Dispatcher(lambda: self._directory.list("replica"), open_channel, recorder.hand_over)

@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from qwen_ray.core.errors import CheckpointError
+from qwen_ray.text.byte_vocabulary import byte_vocabulary
 from qwen_ray.text.chat import ChatTemplate
 from qwen_ray.text.directory_tokenizer import read_directory_vocabulary
 from qwen_ray.text.gguf_tokenizer import read_gguf_vocabulary
@@ -31,8 +32,13 @@ class Tokenizer:
         self.special_token_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """From a directory with tokenizer.json, or a .gguf file. Raises CheckpointError if there is none to be had."""
+    def load(cls, path: Path, load_format: str = "auto") -> Tokenizer:
+        """From a directory with tokenizer.json, or a .gguf file. Raises CheckpointError if there is none to be had.
+
+        Dummy weights need no file but config.json: without a tokenizer.json they speak bytes.
+        """
+        if load_format == "dummy" and not (path / "tokenizer.json").is_file() and path.suffix != ".gguf":
+            return cls(byte_vocabulary(_BYTE_OF))
         if path.is_dir():
             return cls(read_directory_vocabulary(path))
         if path.suffix == ".gguf":

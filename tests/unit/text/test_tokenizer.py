@@ -121,3 +121,13 @@ def test_broken_config_names_the_file(small_backend: Backend, tmp_path: Path) ->
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not a JSON object"):
         Tokenizer.load(tmp_path)
+
+
+def test_dummy_weights_need_no_tokenizer_and_speak_bytes(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, "dummy")
+    text = "Grüße, 世界 🌍\n"
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode(text.encode()) == text
+    assert tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "user: hi\nassistant: "
