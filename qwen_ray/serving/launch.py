@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.schema import ApplicationStatusOverview
 
 from qwen_ray.cluster.inventory import hardware
@@ -61,7 +62,8 @@ def main() -> None:
     except Exception as error:
         logger.exception("the server failed")
         exit_code = 1
-        tell("error", message=f"{type(error).__name__}: {error}", exit_code=exit_code)
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        tell("error", message=f"{type(cause).__name__}: {cause}", exit_code=exit_code)
     finally:
         stop(settings)
     sys.exit(exit_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import transformers
 from openai import OpenAI
 from openai.types import Completion
 
+from qwen_ray.commands.ports import free_ports
 from qwen_ray.config import Settings
 from qwen_ray.source.resolve import resolve
 
@@ -92,9 +92,7 @@ def processes_of_session(session: int) -> list[str]:
 @contextmanager
 def serving(*arguments: str) -> Iterator[str]:
     """`qwen-ray serve …` until it is ready; afterwards Ctrl-C, 10 s, and nothing may be left."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "qwen_ray.cli", "serve", *arguments, "--port", str(port)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from qwen_ray.commands.ports import free_ports
 from qwen_ray.commands.process_tree import descendants
 from qwen_ray.core.errors import CheckpointError
 
@@ -85,14 +86,8 @@ def assert_ends_without_a_trace(process: subprocess.Popen[str], *signals: signal
     assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_it_answers_and_ctrl_c_twice_ends_it(tiny: Path) -> None:
-    port = free_port()
+    port = free_ports(1)[0]
     with serving(tiny, port) as process:
         wait_for(process, "curl")
         url = f"http://127.0.0.1:{port}"
@@ -115,7 +110,7 @@ def test_it_answers_and_ctrl_c_twice_ends_it(tiny: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["starting Ray ", "starting Ray Serve", "starting the model"])
 def test_ended_while_it_starts(tiny: Path, moment: str) -> None:
-    with serving(tiny, free_port()) as process:
+    with serving(tiny, free_ports(1)[0]) as process:
         wait_for(process, moment)
         time.sleep(1.0)
         assert_ends_without_a_trace(process, signal.SIGTERM)
@@ -123,7 +118,7 @@ def test_ended_while_it_starts(tiny: Path, moment: str) -> None:
 
 def test_a_model_that_cannot_be_loaded_is_one_message(tiny: Path) -> None:
     (tiny / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header    ")
-    command = [sys.executable, "-m", "qwen_ray.cli", "serve", str(tiny), "--port", str(free_port())]
+    command = [sys.executable, "-m", "qwen_ray.cli", "serve", str(tiny), "--port", str(free_ports(1)[0])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == CheckpointError.exit_code, done.stderr
     assert "model.safetensors" in done.stderr
