@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import socket
 
-# Below what Linux gives to outgoing connections and to whoever lets it choose, above Ray's workers, and beside the ports
-# from 30000 on where Serve puts its replicas: what is free here now is likely to be so in ten seconds.
+# Below what Linux gives to outgoing connections and to whoever lets it choose, above Ray's workers, and below 30000,
+# where Serve's replicas begin: what is free here now is likely to be so in ten seconds.
 QUIET_PORTS = range(20_000, 30_000)
 
 
