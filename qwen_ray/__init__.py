@@ -27,5 +27,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qwen_ray' has no attribute {name!r}")
     if name == "LLM":
-        import_module("qwen_ray.config").let_waiting_threads_sleep()
+        import_module("qwen_ray.config").bound_spinning()
     return getattr(import_module(_HOMES[name]), name)

@@ -20,6 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_ray.core.errors import SettingsError
+from qwen_ray.core.plan import THREAD_ENVIRONMENT
 
 ENV_PREFIX = "QWEN_RAY_"
 
@@ -221,13 +222,14 @@ def load_settings(
     return Settings.from_dict(data, origin=str(file) if file else "settings")
 
 
-def let_waiting_threads_sleep() -> None:
+def bound_spinning() -> None:
     """For a model in this process, before torch is imported: OpenMP reads its variables once, when it is loaded.
 
-    Threads that spin at a barrier keep those they wait for from running wherever cores are shared (figures in
-    `cluster/placement.py`, which says the same to ranks). What the user has set stays.
+    What ranks are told (`core/plan.py`, with figures). What the user has set stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for variable, value in THREAD_ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

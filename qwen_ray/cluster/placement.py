@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen_ray.core.errors import PlanRefused
-from qwen_ray.core.plan import ReplicaSpec
+from qwen_ray.core.plan import THREAD_ENVIRONMENT, ReplicaSpec
 
 logger = logging.getLogger(__name__)
 
@@ -69,20 +69,9 @@ def actor_options(spec: ReplicaSpec, group: PlacementGroup, rank: int, *, name: 
 
 
 def environment(spec: ReplicaSpec) -> dict[str, str]:
-    """Variables of a rank's process: they must be there before torch is.
-
-    Threads that wait for each other at an OpenMP barrier spin by default. Ray's processes, the engine and other ranks
-    want the same cores, and a spinning thread keeps the one it waits for from running. 30 layers of the demo model's
-    shapes in float32, 2 threads on 2 cores that others keep busy, p50 in ms, ranges over several runs:
-
-        rows        default        SPINCOUNT=1000    PASSIVE      ACTIVE         1 thread
-         1          58 to 523      50 to 106         35 to 116    70 to 1312     35 to 87
-        32         181 to 1446    109 to 479        116 to 494    1523 to 5549   233 to 256
-
-    So waiting threads sleep. On cores of its own a rank pays for it with a wake-up, some µs a barrier.
-    """
+    """Variables of a rank's process: they must be there before torch is."""
     threads = {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads)}
-    return threads if spec.device == "cuda" else threads | {"OMP_WAIT_POLICY": "PASSIVE"}
+    return threads if spec.device == "cuda" else threads | THREAD_ENVIRONMENT
 
 
 def _shortage(bundle: Mapping[str, float], count: int) -> str:

@@ -20,6 +20,16 @@ from qwen_ray.core.model_config import ModelConfig
 INTERMEDIATE_UNIT = 32
 
 
+# Of a process that computes on a CPU. Threads that meet at an OpenMP barrier spin; by default for so long that, where
+# cores are shared, they keep those they wait for from running (a step of the demo model went from 110 to 1,098 ms).
+# Sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs a wake-up at each of some 300 barriers a step. Tokens/s of the demo
+# model in float32, 2 threads on 2 cores, 1 / 8 sequences, and the same beside a process that keeps one core busy:
+#                  default     20000       5000        1000        PASSIVE     1 thread
+#     quiet        18.8 / 61   18.7 / 57   13.6 / 34   10.7 / 28   8.1 / 29    11.3 / 33
+#     one busy                 5.4 / 37    9.0 / 27    10.7 / 32   11.6 / 32   11.2 / 33
+THREAD_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """The half-open range `[start, stop)`."""

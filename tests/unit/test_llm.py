@@ -145,10 +145,11 @@ def test_closed_is_closed(tmp_path: Path) -> None:
         llm.generate("abc")
 
 
-def test_waiting_threads_sleep_unless_the_user_says_otherwise() -> None:
-    script = "import os, qwen_ray; qwen_ray.LLM; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+def test_spinning_is_bounded_unless_the_user_says_otherwise() -> None:
+    script = "import os, qwen_ray; qwen_ray.LLM; print(os.environ.get('GOMP_SPINCOUNT'))"
+    for given, expected in ({}, "20000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7"):
+        unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        environment = {name: value for name, value in os.environ.items() if name not in unset} | given
         done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
         assert done.stdout.decode().strip() == expected
 
