@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from openai import OpenAI
 from openai.types import Completion
 
 from qwen_ray.commands.ports import free_ports
+from qwen_ray.commands.process_tree import descendants
 from qwen_ray.config import Settings
 from qwen_ray.source.resolve import resolve
 
@@ -76,27 +76,12 @@ def reference() -> list[Answer]:
     return answers
 
 
-def processes_of_session(session: int) -> list[str]:
-    """Command lines of what is alive in a process session (field 6 of /proc/PID/stat)."""
-    alive: list[str] = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                alive.append((stat.parent / "cmdline").read_text().replace("\0", " "))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return alive
-
-
 @contextmanager
 def serving(*arguments: str) -> Iterator[str]:
     """`qwen-ray serve …` until it is ready; afterwards Ctrl-C, 10 s, and nothing may be left."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "qwen_ray.cli", "serve", *arguments, "--port", str(port)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
@@ -105,14 +90,15 @@ def serving(*arguments: str) -> Iterator[str]:
             assert time.monotonic() < deadline, "not ready in 120 s"
             time.sleep(0.3)
         yield url
-        os.kill(process.pid, signal.SIGINT)
+        started = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=10)
         assert process.returncode == 0, output
-        assert processes_of_session(process.pid) == []
+        assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.terminate()
+            process.communicate(timeout=30)
 
 
 def is_ready(url: str) -> bool:
