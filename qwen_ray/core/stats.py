@@ -24,6 +24,14 @@ class RankStats:
     num_steps: int = 0
     num_tokens: int = 0
     step_seconds: float = 0.0  # in total
+    dp_rank: int = 0
+    ep_rank: int = 0
+    expert_tp_rank: int = 0
+    first_layer: int = 0
+    # Tokens that this rank's copies of each expert have computed: by layer, from `first_layer` on, and expert; () where
+    # the layer is dense. A token counts once for each expert that it was sent to.
+    expert_tokens: tuple[tuple[int, ...], ...] = ()
+    num_moved_experts: int = 0  # received from other ranks while serving
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,15 @@
 """The wire format between an engine and its ranks: ints only, differences only.
 
 Ranks keep, for every sequence they know, its token ids, its block table and its sampling parameters. A `StepBatch`
-carries what changed. Every rank of a group gets the same batch and takes its part from its `Shard`; the one rank that
-samples answers with a `StepResult`.
+carries what changed. The ranks of a dp rank get the same part of it and take their own from their `Shard`; the one
+among them that samples answers with a `StepResult`. Ranks whose part is empty take the step too: experts are shared.
 
 Order inside a step: `dropped`, then `new`, then the chunks' `new_tokens` and `new_blocks`, then the forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
@@ -31,6 +32,7 @@ class NewSequence:
     sampling: SamplingParams
     seed: int
     stop_token_ids: tuple[int, ...]  # masked until sampling.min_tokens are out
+    dp_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class Chunk:
     count: int
     new_tokens: tuple[int, ...] = ()
     new_blocks: tuple[int, ...] = ()
+    dp_rank: int = 0  # that of the sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,15 @@ class StepBatch:
     @property
     def num_tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
+
+    def part(self, dp_rank: int) -> StepBatch:
+        """What the ranks of one dp rank are told. Of `dropped`, an id that they never knew does no harm."""
+        return StepBatch(
+            step_id=self.step_id,
+            chunks=tuple(chunk for chunk in self.chunks if chunk.dp_rank == dp_rank),
+            new=tuple(new for new in self.new if new.dp_rank == dp_rank),
+            dropped=self.dropped,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,3 +97,21 @@ class StepResult:
     samples: tuple[Sample, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     seconds: float = 0.0  # the sampling rank's own time in the step
+
+    @classmethod
+    def joined(cls, parts: Sequence[StepResult]) -> StepResult:
+        """One step's results of all dp ranks as one; the slowest tells the time."""
+        return cls(
+            step_id=parts[0].step_id,
+            samples=tuple(sample for part in parts for sample in part.samples),
+            prompt_logprobs=tuple(entry for part in parts for entry in part.prompt_logprobs),
+            seconds=max(part.seconds for part in parts),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveExperts:
+    """New slots of one layer, to be taken up by all ranks between the same two steps; see `plan.ExpertPlacement`."""
+
+    layer: int
+    slots: tuple[tuple[int, ...], ...]
