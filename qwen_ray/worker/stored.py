@@ -19,11 +19,54 @@ from qwen_ray.core.plan import Span
 PIECE_BYTES = 512 * 1024  # of the file, decoded at once: small enough for the processor's cache
 
 
+@dataclass(frozen=True, slots=True)
+class BlockField:
+    """Chunks of `chunk_bytes` in a block, from byte `offset` on; the i-th group of elements needs `chunks[i]`."""
+
+    offset: int
+    chunk_bytes: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayout:
+    """A block holds `size` elements in `num_bytes` bytes.
+
+    `fields` tell which bytes decode which of its groups of elements, all of one length. They stand in the order of
+    their offsets and are all of the block; a layout without them is read by whole blocks.
+    """
+
+    size: int
+    num_bytes: int
+    fields: tuple[BlockField, ...] = ()
+
+    def covering(self, columns: Span) -> Span:
+        """The blocks of a row in which `columns` lie."""
+        return Span(columns.start // self.size, -(-columns.stop // self.size))
+
+    def bytes_needed(self, columns: Span) -> list[Span]:
+        """To decode `columns` of a row: spans of the row's bytes, in order and apart from one another."""
+        blocks = self.covering(columns)
+        if not self.fields:
+            return [blocks.scaled(self.num_bytes)]
+        group = self.size // len(self.fields[0].chunks)
+        needed: list[Span] = []
+        for block in blocks:
+            first = max(columns.start - block * self.size, 0) // group
+            last = -(-min(columns.stop - block * self.size, self.size) // group)
+            for field in self.fields:
+                for chunk in sorted(set(field.chunks[first:last])):
+                    start = block * self.num_bytes + field.offset + chunk * field.chunk_bytes
+                    adjoins = needed and needed[-1].stop == start
+                    needed.append(Span(needed.pop().start if adjoins else start, start + field.chunk_bytes))
+        return needed
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
     """A matrix [rows, columns] or vector [columns], row after row; every row is a whole number of blocks.
 
-    A block holds `block_size` elements in `block_bytes` bytes; `decode` makes a flat float tensor of whole blocks.
+    `decode` makes a flat float tensor of whole blocks. It must not mind zeros in place of bytes that are not needed.
     `name` is the tensor's own name in `path`, `offset` its first byte. `paired_head_dim`: rows of a head lie as
     (0, d/2, 1, d/2 + 1, …) in place of (0, 1, 2, …), as llama.cpp stores Q and K of Llama.
     """
@@ -32,15 +75,14 @@ class StoredTensor:
     path: Path
     offset: int
     shape: tuple[int, ...]
-    block_size: int
-    block_bytes: int
+    block: BlockLayout
     decode: Callable[[bytearray], torch.Tensor]
     paired_head_dim: int | None = None
 
     @property
     def num_bytes(self) -> int:
         num_rows, num_columns = self._matrix
-        return num_rows * num_columns // self.block_size * self.block_bytes
+        return num_rows * num_columns // self.block.size * self.block.num_bytes
 
     @property
     def _matrix(self) -> tuple[int, int]:
@@ -49,34 +91,37 @@ class StoredTensor:
     def read(self, rows: Span | None, columns: Span | None, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         """The rectangle `rows` × `columns` (a vector's elements are its `rows`) as a fresh tensor, and the bytes read.
 
-        Of the columns the covering blocks are read, nothing else. Raises CheckpointError when the file ends early.
+        Of each row what `columns` need is read, nothing else. Raises CheckpointError when the file ends early.
         """
         num_rows, num_columns = self._matrix
         if len(self.shape) == 1:
             rows, columns = None, rows
         rows, columns = rows or Span(0, num_rows), columns or Span(0, num_columns)
-        first_block, last_block = columns.start // self.block_size, -(-columns.stop // self.block_size)
-        cut = slice(columns.start - first_block * self.block_size, columns.stop - first_block * self.block_size)
-        width = (last_block - first_block) * self.block_bytes
+        needed, blocks = self.block.bytes_needed(columns), self.block.covering(columns)
+        covering, first_column = blocks.scaled(self.block.num_bytes), blocks.start * self.block.size
+        cut = slice(columns.start - first_column, columns.stop - first_column)
         out = torch.empty(len(rows), len(columns), dtype=dtype)
         with self.path.open("rb", buffering=0) as file:
-            for piece in _pieces(rows, max(1, PIECE_BYTES // max(1, width))):
-                data = self._read_rows(file.fileno(), piece, first_block * self.block_bytes, width)
-                decoded = self.decode(data).view(len(piece), -1)
+            for piece in _pieces(rows, max(1, PIECE_BYTES // max(1, len(covering)))):
+                decoded = self.decode(self._read_rows(file.fileno(), piece, covering, needed)).view(len(piece), -1)
                 out[piece.start - rows.start : piece.stop - rows.start] = decoded[:, cut]
         if self.paired_head_dim is not None:
             out = _unpair(out, rows, self.paired_head_dim)
-        return out if len(self.shape) == 2 else out[0], len(rows) * width
+        return out if len(self.shape) == 2 else out[0], len(rows) * sum(map(len, needed))
 
-    def _read_rows(self, descriptor: int, rows: Span, column_byte: int, width: int) -> bytearray:
-        row_bytes = self._matrix[1] // self.block_size * self.block_bytes
-        start = self.offset + rows.start * row_bytes + column_byte
-        data = bytearray(len(rows) * width)
-        if width == row_bytes:
+    def _read_rows(self, descriptor: int, rows: Span, covering: Span, needed: list[Span]) -> bytearray:
+        """The bytes `covering` of each row, those `needed` of them read and the others zero."""
+        row_bytes = self._matrix[1] // self.block.size * self.block.num_bytes
+        start = self.offset + rows.start * row_bytes
+        data = bytearray(len(rows) * len(covering))
+        if needed == [Span(0, row_bytes)]:
             self._fill(descriptor, memoryview(data), start)
-        else:
-            for i in range(len(rows)):
-                self._fill(descriptor, memoryview(data)[i * width : (i + 1) * width], start + i * row_bytes)
+            return data
+        for i in range(len(rows)):
+            row = memoryview(data)[i * len(covering) : (i + 1) * len(covering)]
+            for span in needed:
+                part = row[span.start - covering.start : span.stop - covering.start]
+                self._fill(descriptor, part, start + i * row_bytes + span.start)
         return data
 
     def _fill(self, descriptor: int, view: memoryview, offset: int) -> None:

@@ -20,7 +20,7 @@ from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import Span
 from qwen_ray.worker.gguf import open_gguf
-from qwen_ray.worker.stored import StoredTensor
+from qwen_ray.worker.stored import BlockLayout, StoredTensor
 
 CPU = torch.device("cpu")
 DUMMY_STD = 0.02
@@ -228,7 +228,6 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data_start: int, data_
         path=file,
         offset=data_start + start,
         shape=shape,
-        block_size=1,
-        block_bytes=dtype.itemsize,
+        block=BlockLayout(size=1, num_bytes=dtype.itemsize),
         decode=lambda data: torch.frombuffer(data, dtype=dtype),
     )

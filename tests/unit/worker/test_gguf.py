@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,62 +18,138 @@ from tiny_models import LLAMA, QWEN2, load_shard, random_tensors, to_gguf_name, 
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig, RopeConfig
 from qwen_ray.core.plan import ParallelPlan, Span
-from qwen_ray.worker.gguf import to_hf_name
+from qwen_ray.planner.family import lookup
+from qwen_ray.worker.gguf import FIELDS, open_gguf, to_hf_name
+from qwen_ray.worker.stored import BlockLayout
 from qwen_ray.worker.weights import open_checkpoint
 
 ROWS, COLUMNS = 24, 1024
 PLAIN = [GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1]
-K_QUANTS = [GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K]
+# Where the half floats of a block lie.
+K_QUANTS = {
+    GgmlType.Q2_K: slice(80, 84),
+    GgmlType.Q3_K: slice(108, 110),
+    GgmlType.Q4_K: slice(0, 4),
+    GgmlType.Q5_K: slice(0, 4),
+    GgmlType.Q6_K: slice(208, 210),
+}
+READ = os.preadv
 PLANS = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 3), (2, 2)]
 
 
 def encoded(kind: GgmlType) -> np.ndarray:
     """A [24, 1024] matrix in the bytes of `kind`."""
     random = np.random.default_rng(kind.value)
-    if kind in K_QUANTS:  # the package cannot make them: random bytes with sane scales (half floats near 1)
+    if kind in K_QUANTS:  # the package cannot make them: random bytes with sane scales
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         blocks = random.integers(0, 256, (ROWS * COLUMNS // block_size, block_bytes), dtype=np.uint8)
-        scales = slice(208, 210) if kind == GgmlType.Q6_K else slice(0, 4)
-        blocks[:, scales] = np.frombuffer(np.full(2, 0.75, np.float16).tobytes(), np.uint8)[
-            : scales.stop - scales.start
-        ]
+        scales = blocks[:, K_QUANTS[kind]]
+        scales[:] = random.uniform(0.1, 2.0, (len(blocks), scales.shape[1] // 2)).astype(np.float16).view(np.uint8)
         return blocks.reshape(ROWS, -1)
     return gguf.quantize(random.standard_normal((ROWS, COLUMNS), dtype=np.float32), kind)
 
 
-@pytest.fixture(scope="module", params=PLAIN + K_QUANTS, ids=lambda kind: kind.name)
-def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, int]:
-    data = encoded(request.param)
-    path = tmp_path_factory.mktemp("gguf") / "matrix.gguf"
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: GgmlType | None = None) -> Path:
+    """`kind`: what bytes encode; without it, arrays say it."""
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_array("tokenizer.ggml.tokens", ["a", "ü", "語"])
-    writer.add_tensor("first", np.zeros(5, np.float32))
-    writer.add_tensor("matrix", data, raw_dtype=request.param)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+@pytest.fixture(scope="module", params=[*PLAIN, *K_QUANTS], ids=lambda kind: kind.name)
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, int]:
+    data = encoded(request.param)
+    path = tmp_path_factory.mktemp("gguf") / "matrix.gguf"
+    write_tensors(path, {"first": data[:1], "matrix": data}, request.param)
     whole = torch.from_numpy(gguf.dequantize(data, request.param).copy())
     assert whole.isfinite().all()
     assert whole.std() > 0
     return path, whole, request.param
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    rows=st.tuples(st.integers(0, ROWS - 1), st.integers(1, ROWS)).filter(lambda pair: pair[0] < pair[1]),
-    columns=st.tuples(st.integers(0, COLUMNS - 1), st.integers(1, COLUMNS)).filter(lambda pair: pair[0] < pair[1]),
-)
-def test_a_rectangle_is_a_part_of_the_whole_and_covering_blocks_are_read(
-    stored: tuple[Path, torch.Tensor, GgmlType], rows: tuple[int, int], columns: tuple[int, int]
+def spans(size: int, unit: int = 1) -> st.SearchStrategy[Span]:
+    some = st.tuples(st.integers(0, size // unit - 1), st.integers(1, size // unit))
+    return some.filter(lambda pair: pair[0] < pair[1]).map(lambda pair: Span(*pair).scaled(unit))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=spans(ROWS), columns=spans(COLUMNS) | spans(COLUMNS, 32))
+def test_a_rectangle_is_a_part_of_the_whole_and_at_most_covering_blocks_are_read(
+    stored: tuple[Path, torch.Tensor, GgmlType], rows: Span, columns: Span
 ) -> None:
     path, whole, kind = stored
     checkpoint = open_checkpoint(path, QWEN2, torch.float32)
-    part = checkpoint.read("matrix", (ROWS, COLUMNS), rows=Span(*rows), columns=Span(*columns))
-    assert torch.equal(part, whole[slice(*rows), slice(*columns)])
+    part = checkpoint.read("matrix", (ROWS, COLUMNS), rows=rows, columns=columns)
+    assert torch.equal(part, whole[rows.start : rows.stop, columns.start : columns.stop])
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    num_blocks = -(-columns[1] // block_size) - columns[0] // block_size
-    assert checkpoint.bytes_read == (rows[1] - rows[0]) * num_blocks * block_bytes
+    covering = (-(-columns.stop // block_size) - columns.start // block_size) * block_bytes
+    own = len(columns) / block_size * block_bytes
+    if kind in K_QUANTS and (columns.start % 256 or columns.stop % 256):
+        assert len(rows) * own < checkpoint.bytes_read <= len(rows) * covering
+    else:
+        assert checkpoint.bytes_read == len(rows) * covering
+
+
+@pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.name)
+def test_the_fields_of_a_block_are_all_of_its_bytes(kind: GgmlType) -> None:
+    size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    layout = BlockLayout(size=size, num_bytes=num_bytes, fields=FIELDS[kind])
+    assert layout.bytes_needed(Span(size, 3 * size)) == [Span(num_bytes, 3 * num_bytes)]
+
+
+def test_what_is_counted_is_what_is_read(
+    stored: tuple[Path, torch.Tensor, GgmlType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _, _ = stored
+    sizes: list[int] = []
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(READ(descriptor, buffers, offset))
+        return sizes[-1]
+
+    checkpoint = open_checkpoint(path, QWEN2, torch.float32)
+    monkeypatch.setattr(os, "preadv", preadv)
+    checkpoint.read("matrix", (ROWS, COLUMNS), rows=Span(2, 9), columns=Span(96, 800))
+    assert checkpoint.bytes_read == sum(sizes) > 0
+
+
+@pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("size", ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"])
+def test_ranks_that_cut_k_quants_between_blocks_read_little_more_than_their_shards(
+    tmp_path: Path, size: str, kind: GgmlType
+) -> None:
+    """Rows are cut exactly; of the matrices whose columns are cut one row is read and stands for all.
+
+    A matrix whose columns 256 does not divide is never stored in a K-quant.
+    """
+    config = lookup(f"Qwen/Qwen2.5-{size}")
+    assert config is not None
+    hidden, head_dim = config.hidden_size, config.head_dim
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    cut = {"heads": config.q_size, "intermediate": config.intermediate_size}
+    rows = {
+        name: np.zeros((1, width // block_size * block_bytes), np.uint8)
+        for name, width in cut.items()
+        if width % block_size == 0
+    }
+    stored = open_gguf(write_tensors(tmp_path / "rows.gguf", rows, kind), config)
+    for shard in (shard for tp in range(2, 9) for shard in ParallelPlan.of(config, tp=tp).shards(config)):
+        parts = {"heads": shard.heads.scaled(head_dim), "intermediate": shard.intermediate}
+        excess = sum(
+            row.read(None, parts[name], torch.float32)[1] - len(parts[name]) / block_size * block_bytes
+            for name, row in stored.items()
+        )
+        attention = 2 * hidden * (len(shard.heads) + len(shard.kv_heads)) * head_dim
+        layer = attention + 3 * hidden * len(shard.intermediate)
+        ends = len(shard.vocab) * hidden * (1 if config.tie_word_embeddings else 2)
+        own = (len(shard.layers) * layer + ends) / block_size * block_bytes
+        assert own + len(shard.layers) * hidden * excess <= (1.09 if kind == GgmlType.Q3_K else 1.05) * own, shard
 
 
 @pytest.mark.parametrize("config", [QWEN2, LLAMA], ids=lambda config: config.architecture)
@@ -125,15 +202,8 @@ def test_a_file_without_an_output_matrix_heads_with_the_embedding(tmp_path: Path
 
 def test_rope_frequencies_belong_to_llama3_scaling_only(tmp_path: Path) -> None:
     tensors = random_tensors(LLAMA)
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, tensor in tensors.items():
-        writer.add_tensor(to_gguf_name(name), tensor.numpy())
-    writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    arrays = {to_gguf_name(name): tensor.numpy() for name, tensor in tensors.items()}
+    path = write_tensors(tmp_path / "model.gguf", arrays | {"rope_freqs.weight": np.ones(8, np.float32)})
     shard = ParallelPlan.of(LLAMA).shard(LLAMA, 0)
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight of shape \(8,\)"):
         load_shard(LLAMA, shard, open_checkpoint(path, LLAMA, torch.float32))
@@ -143,13 +213,7 @@ def test_rope_frequencies_belong_to_llama3_scaling_only(tmp_path: Path) -> None:
 
 
 def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_tensor("output_norm.weight", np.zeros(64, np.int32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = write_tensors(tmp_path / "model.gguf", {"output_norm.weight": np.zeros(64, np.int32)})
     with pytest.raises(CheckpointError, match=r"output_norm\.weight has type I32"):
         open_checkpoint(path, QWEN2, torch.float32)
 
