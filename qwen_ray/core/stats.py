@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -80,3 +81,60 @@ class EngineStats:
     @property
     def kv_usage(self) -> float:
         return self.num_used_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLoad:
+    """What the experts of one replica have computed, in tokens; () for a dense layer.
+
+    `by_expert[layer][expert]`, and of the ranks that computed it `by_rank[layer][ep_rank]`.
+    """
+
+    by_expert: tuple[tuple[int, ...], ...] = ()
+    by_rank: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, ranks: Sequence[RankStats]) -> ExpertLoad:
+        """Since the ranks started. Of an expert that is cut over several ranks, the first one counts for all."""
+        own = sorted((r for r in ranks if r.expert_tp_rank == 0), key=lambda r: (r.first_layer, r.ep_rank))
+        layers: dict[int, list[tuple[int, ...]]] = {}
+        for rank in own:
+            for i, tokens in enumerate(rank.expert_tokens, start=rank.first_layer):
+                layers.setdefault(i, []).append(tokens)
+        in_order = [layers[i] for i in sorted(layers)]
+        return cls(
+            by_expert=tuple(tuple(map(sum, zip(*parts, strict=True))) for parts in in_order),
+            by_rank=tuple(tuple(map(sum, parts)) if parts[0] else () for parts in in_order),
+        )
+
+    def since(self, earlier: ExpertLoad) -> ExpertLoad:
+        """What came after `earlier`; everything, where the ranks have started anew in between."""
+        by_expert, by_rank = _minus(self.by_expert, earlier.by_expert), _minus(self.by_rank, earlier.by_rank)
+        if by_expert is None or by_rank is None:
+            return self
+        return ExpertLoad(by_expert=by_expert, by_rank=by_rank)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(sum, self.by_rank))
+
+    @property
+    def imbalance(self) -> float:
+        """Tokens of the fullest expert rank over those of the mean one; 1 is even.
+
+        Layers are added up as they are waited for: of each, the fullest.
+        """
+        layers = [layer for layer in self.by_rank if layer]
+        mean = sum(sum(layer) / len(layer) for layer in layers)
+        return sum(map(max, layers)) / mean if mean else 1.0
+
+
+Table = tuple[tuple[int, ...], ...]
+
+
+def _minus(now: Table, then: Table) -> Table | None:
+    """None where they do not fit together, or something has become less."""
+    if [*map(len, now)] != [*map(len, then)]:
+        return None
+    gone = tuple(tuple(x - y for x, y in zip(a, b, strict=True)) for a, b in zip(now, then, strict=True))
+    return None if any(count < 0 for row in gone for count in row) else gone
