@@ -35,9 +35,12 @@ def balance(
     as possible. Raises PlanRefused where experts and slots do not match.
     """
     layers: list[Slots] = []
+    totals = [0.0] * ep  # of the layers so far: what cannot be evened out in one layer falls on another rank each time
     for i, tokens in enumerate(expert_tokens):
         before = current.slots[i] if current and tokens else ()
-        layers.append(_balance_layer(tokens, ep, num_slots, before) if tokens else ())
+        layers.append(_balance_layer(tokens, ep, num_slots, before, totals) if tokens else ())
+        if tokens:
+            totals = [a + b for a, b in zip(totals, rank_tokens(tokens, layers[-1]), strict=True)]
     return ExpertPlacement(slots=tuple(layers))
 
 
@@ -114,7 +117,9 @@ class ExpertLoad:
                 raise _wrong(origin, f"expert_tokens[{i}]", f"layer {i} of the model {what}", list(tokens))
 
 
-def _balance_layer(tokens: Sequence[float], ep: int, num_slots: Sequence[int], current: Slots) -> Slots:
+def _balance_layer(
+    tokens: Sequence[float], ep: int, num_slots: Sequence[int], current: Slots, totals: Sequence[float]
+) -> Slots:
     num_experts, total = len(tokens), sum(num_slots)
     if len(num_slots) != ep or max(num_slots) - min(num_slots) > 1:
         raise PlanRefused(f"{ep} expert ranks need as many numbers of slots, even ones, got {list(num_slots)}.")
@@ -123,7 +128,7 @@ def _balance_layer(tokens: Sequence[float], ep: int, num_slots: Sequence[int], c
             f"{total} slots on {ep} expert ranks cannot hold {num_experts} experts, each once a rank at most.",
             inequality=f"{num_experts} <= {total} slots <= {num_experts * ep}",
         )
-    packed = _pack(tokens, _num_copies(tokens, total - num_experts, ep), num_slots)
+    packed = _pack(tokens, _num_copies(tokens, total - num_experts, ep), num_slots, totals)
     if not current:
         return tuple(tuple(sorted(own)) for own in packed)
     fullest = max(rank_tokens(tokens, current))
@@ -145,7 +150,9 @@ def _num_copies(tokens: Sequence[float], num_redundant: int, ep: int) -> list[in
     return copies
 
 
-def _pack(tokens: Sequence[float], copies: Sequence[int], num_slots: Sequence[int]) -> list[set[int]]:
+def _pack(
+    tokens: Sequence[float], copies: Sequence[int], num_slots: Sequence[int], totals: Sequence[float]
+) -> list[set[int]]:
     """Heaviest copy first, each to the rank with least to do that has a free slot and not this expert."""
     ranks: list[set[int]] = [set() for _ in num_slots]
     loads = [0.0] * len(ranks)
@@ -153,7 +160,7 @@ def _pack(tokens: Sequence[float], copies: Sequence[int], num_slots: Sequence[in
     for expert in sorted(range(len(tokens)), key=lambda e: (-weight[e], e)):
         for _ in range(copies[expert]):
             free = [r for r, own in enumerate(ranks) if len(own) < num_slots[r]]
-            to = min((r for r in free if expert not in ranks[r]), key=lambda r: loads[r], default=None)
+            to = min((r for r in free if expert not in ranks[r]), key=lambda r: (loads[r], totals[r]), default=None)
             if to is None:  # only ranks that have it are free: another expert gives way
                 room = free[0]
                 to, other = _swap(ranks, loads, weight, expert, room)

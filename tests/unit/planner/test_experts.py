@@ -80,6 +80,13 @@ def test_experts_stay_where_they_can() -> None:
     assert len(changed) == 2
 
 
+def test_what_one_layer_cannot_even_out_falls_on_another_rank_in_the_next() -> None:
+    tokens = [[90.0, 5.0, 5.0, 0.0]] * 4
+    found = balance(tokens, ep=2, num_slots=(2, 2))
+    assert layer_imbalances(tokens, found) == (1.8,) * 4
+    assert imbalance(tokens, found) == 1.0
+
+
 def test_dense_layers_and_no_tokens_are_balanced() -> None:
     placement = ExpertPlacement(slots=((), ((0,), (1,))))
     assert imbalance([[], [0.0, 0.0]], placement) == 1.0
