@@ -14,7 +14,14 @@ from qwen_ray.core.model_config import ModelConfig, token_ids
 
 # ggml's numbers of the types that are a dtype of their own.
 _GGUF_DTYPES = {0: "float32", 1: "float16", 30: "bfloat16"}
-_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# llama.cpp's names of architectures, and Hugging Face's.
+_GGUF_ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -50,14 +57,20 @@ def _from_gguf(header: GgufHeader) -> ModelConfig:
     if kind not in _GGUF_ARCHITECTURES:
         known = ", ".join(_GGUF_ARCHITECTURES)
         raise CheckpointError(f"{header.path}: general.architecture is {kind!r}; served from GGUF are {known}.")
-    for key, value in metadata.items():
-        if value and key in (f"{kind}.attention.sliding_window", f"{kind}.expert_count"):
-            raise CheckpointError(f"{header.path}: {key} is {value}, which is not served from GGUF.")
+    is_moe = kind.endswith("moe")
+    for key, served in {
+        "attention.sliding_window": (0,),
+        "expert_weights_scale": (0, 1),
+        **({} if is_moe else {"expert_count": (0,)}),
+    }.items():
+        value = metadata.get(f"{kind}.{key}", 0)
+        if value not in served:
+            raise CheckpointError(f"{header.path}: {kind}.{key} is {value}, which is not served from GGUF.")
     heads = _need(header, f"{kind}.attention.head_count")
     hidden = _need(header, f"{kind}.embedding_length")
     head_dim = metadata.get(f"{kind}.attention.key_length", hidden // heads)
     raw: dict[str, Any] = {
-        "model_type": kind,
+        "model_type": _GGUF_ARCHITECTURES[kind],
         "vocab_size": _tensor(header, "token_embd.weight").shape[0],
         "hidden_size": hidden,
         "intermediate_size": _need(header, f"{kind}.feed_forward_length"),
@@ -74,8 +87,24 @@ def _from_gguf(header: GgufHeader) -> ModelConfig:
         "dtype": _GGUF_DTYPES.get(_tensor(header, "blk.0.attn_q.weight").type, "float32"),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": list(header.eos_token_ids),
+        **(_experts(header, kind) if is_moe else {}),
     }
     return ModelConfig.from_dict(raw, source=str(header.path))
+
+
+def _experts(header: GgufHeader, kind: str) -> dict[str, Any]:
+    """As llama.cpp understands them: every layer is sparse, sizes that the file leaves out follow from others."""
+    metadata = header.metadata
+    per_token, dense_size = _need(header, f"{kind}.expert_used_count"), _need(header, f"{kind}.feed_forward_length")
+    shared_size = metadata.get(f"{kind}.expert_shared_feed_forward_length") or dense_size
+    return {
+        "num_experts": _need(header, f"{kind}.expert_count"),
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": metadata.get(f"{kind}.expert_feed_forward_length") or dense_size // max(per_token, 1),
+        "shared_expert_intermediate_size": shared_size if kind == "qwen2moe" else 0,
+        # Not in the file, but in llama.cpp's graphs.
+        "norm_topk_prob": kind == "qwen3moe",
+    }
 
 
 def _need(header: GgufHeader, key: str) -> Any:

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as GgmlType
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.gguf_header import GgufTensor, read_gguf_header
 from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.plan import Span
 from qwen_ray.worker.stored import BlockField, BlockLayout, StoredTensor
 
 # llama.cpp mixes these freely: a "Q4_K" file of a width that 256 does not divide has Q5_0 and Q8_0 in it.
@@ -59,11 +60,25 @@ IN_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 
 
 def open_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Every tensor of the file; one that has no Hugging Face name keeps its own. Raises CheckpointError."""
+    """Every tensor of the file, experts stacked; one that has no Hugging Face name keeps its own.
+
+    Raises CheckpointError.
+    """
     header = read_gguf_header(path)
     num_parts = header.metadata.get("split.count", 1)
     if num_parts > 1:
@@ -72,7 +87,9 @@ def open_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for tensor in header.tensors.values():
         name = to_hf_name(tensor.name)
-        stored[name] = part = _stored(path, name, tensor, config)
+        part = _stored(path, name, tensor, config)
+        # A matrix of one row to Hugging Face, a vector to llama.cpp.
+        stored[name] = part.cut(Span(0, 1)) if name.endswith("shared_expert_gate.weight") else part
         if part.offset + part.num_bytes > size:
             raise CheckpointError(f"{path}: the file of {size} bytes ends inside of tensor {tensor.name}.")
     if config.rope.kind == "llama3":
@@ -97,7 +114,7 @@ def _stored(path: Path, name: str, tensor: GgufTensor, config: ModelConfig) -> S
         raise CheckpointError(f"{path}: tensor {tensor.name} has type {found}; read are {served}.")
     ggml_type = GgmlType(tensor.type)
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
-    if len(tensor.shape) not in (1, 2) or tensor.shape[-1] % block_size:
+    if len(tensor.shape) not in (1, 2, 3) or tensor.shape[-1] % block_size:
         raise CheckpointError(f"{path}: tensor {tensor.name} of type {ggml_type.name} has shape {tensor.shape}.")
     # llama.cpp's converter interleaves the two halves of each head's rows, for Llama only.
     is_paired = config.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight"))

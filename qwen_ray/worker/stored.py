@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A matrix [rows, columns] or vector [columns], row after row; every row is a whole number of blocks.
+    """A matrix [rows, columns] or vector [columns], row after row; every row is a whole number of blocks. A stack of
+    matrices has the rows of all of them; it is not read but cut.
 
     `decode` makes a flat float tensor of whole blocks. It must not mind zeros in place of bytes that are not needed.
     `name` is the tensor's own name in `path`, `offset` its first byte. `paired_head_dim`: rows of a head lie as
@@ -81,12 +83,20 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        num_rows, num_columns = self._matrix
-        return num_rows * num_columns // self.block.size * self.block.num_bytes
+        return self._matrix[0] * self._row_bytes
 
     @property
     def _matrix(self) -> tuple[int, int]:
-        return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (1, self.shape[0])
+        return prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.shape[-1] // self.block.size * self.block.num_bytes
+
+    def cut(self, rows: Span) -> StoredTensor:
+        """Some of the rows as a matrix of their own."""
+        offset = self.offset + rows.start * self._row_bytes
+        return replace(self, offset=offset, shape=(len(rows), self.shape[-1]))
 
     def read(self, rows: Span | None, columns: Span | None, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         """The rectangle `rows` × `columns` (a vector's elements are its `rows`) as a fresh tensor, and the bytes read.
@@ -111,7 +121,7 @@ class StoredTensor:
 
     def _read_rows(self, descriptor: int, rows: Span, covering: Span, needed: list[Span]) -> bytearray:
         """The bytes `covering` of each row, those `needed` of them read and the others zero."""
-        row_bytes = self._matrix[1] // self.block.size * self.block.num_bytes
+        row_bytes = self._row_bytes
         start = self.offset + rows.start * row_bytes
         data = bytearray(len(rows) * len(covering))
         if needed == [Span(0, row_bytes)]:

@@ -20,6 +20,7 @@ from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import Span
 from qwen_ray.worker.gguf import open_gguf
+from qwen_ray.worker.stacked import unstacked
 from qwen_ray.worker.stored import BlockLayout, StoredTensor
 
 CPU = torch.device("cpu")
@@ -27,6 +28,7 @@ DUMMY_STD = 0.02
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOP_LEVEL_NAMES = frozenset({"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"})
+EXPERT_NAME = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 # Tensors that old checkpoints carry and nobody needs: they follow from the config.
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 
@@ -43,7 +45,8 @@ class CountedCheckpoint(Protocol):
     def check_extra(self, layers: Span) -> None:
         """After a rank with `layers` has loaded. Raises CheckpointError for tensors that no rank of the model asks for.
 
-        Every rank answers for its own layers, and all for names outside of the model's layers.
+        Every rank answers for its own layers, and all for names outside of the model's layers. Those of the model's
+        experts that a rank did not ask for are another's.
         """
 
 
@@ -66,7 +69,7 @@ def open_checkpoint(
     if is_gguf and not path.is_file():
         raise CheckpointError(f"{path}: a GGUF checkpoint must be one file; there is none.")
     stored = open_gguf(path, config) if is_gguf else open_safetensors(path)
-    return FileCheckpoint(stored, path, config, dtype, on_read)
+    return FileCheckpoint(unstacked(stored), path, config, dtype, on_read)
 
 
 class FileCheckpoint:
@@ -120,7 +123,10 @@ class FileCheckpoint:
         match = re.match(r"model\.layers\.(\d+)\.", name)
         if match is None:
             return name not in TOP_LEVEL_NAMES
-        layer = int(match[1])
+        layer, moe = int(match[1]), self._config.moe
+        expert = EXPERT_NAME.fullmatch(name, match.end())
+        if expert and moe and self._config.is_sparse(layer) and int(expert[1]) < moe.num_experts:
+            return False
         return layer in layers or layer >= self._config.num_hidden_layers
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_ray.core.errors import CheckpointError
-from qwen_ray.core.model_config import RopeConfig
+from qwen_ray.core.model_config import MoeConfig, RopeConfig
 from qwen_ray.source.config_file import load_config
 
 QWEN = {
@@ -146,10 +146,39 @@ def test_gguf_llama3_scaling_is_recognized_by_its_factors(tmp_path: Path) -> Non
         load_config(other)
 
 
+def test_gguf_experts(tmp_path: Path) -> None:
+    moe: dict[str, Any] = {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 40}
+    qwen3 = load_config(write_gguf(tmp_path, "qwen3moe", **moe))
+    assert (qwen3.architecture, qwen3.qk_norm) == ("qwen3_moe", True)
+    assert qwen3.moe == MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True)
+    qwen2 = load_config(write_gguf(tmp_path, "qwen2moe", **moe, expert_shared_feed_forward_length=72))
+    assert (qwen2.architecture, qwen2.intermediate_size) == ("qwen2_moe", 96)
+    assert qwen2.moe == MoeConfig(
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        norm_topk_prob=False,
+        shared_expert_intermediate_size=72,
+    )
+
+
+def test_gguf_sizes_of_experts_that_follow_from_the_dense_size(tmp_path: Path) -> None:
+    """As in the files of Qwen1.5-MoE that were made before there were keys for them."""
+    moe = load_config(write_gguf(tmp_path, "qwen2moe", expert_count=8, expert_used_count=4)).moe
+    assert moe is not None
+    assert (moe.moe_intermediate_size, moe.shared_expert_intermediate_size) == (24, 96)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architecture": "gemma3"}, "general.architecture is 'gemma3'; served from GGUF are llama, qwen2, qwen3"),
+        ({"architecture": "gemma3"}, "is 'gemma3'; served from GGUF are llama, qwen2, qwen3, qwen2moe, qwen3moe"),
+        ({"architecture": "qwen3moe", "expert_count": 8}, "qwen3moe.expert_used_count must be a number"),
+        ({"architecture": "qwen3moe", "expert_count": 8, "expert_used_count": 0}, "num_experts_per_tok must be"),
+        (
+            {"architecture": "qwen3moe", "expert_count": 8, "expert_used_count": 2, "expert_weights_scale": 2.5},
+            "expert_weights_scale is 2.5",
+        ),
         ({"block_count": None}, "qwen2.block_count must be a number"),
         ({"attention__sliding_window": 4096}, "qwen2.attention.sliding_window is 4096"),
         ({"expert_count": 8}, "qwen2.expert_count is 8"),
