@@ -1,7 +1,8 @@
 """Which tokens of which sequences are computed in the next step, and what a step's result means for each.
 
 There are no phases: a sequence gets `min(budget, num_tokens - num_computed)` tokens. One is a decode, many are a chunk
-of a prefill, a prefix hit is a head start. Knows nothing of tasks, transport or ranks; `engine.py` turns the handle.
+of a prefill, a prefix hit is a head start. One queue feeds all dp ranks; what goes on in each, `dp_rank.py` knows.
+Knows nothing of tasks, transport or processes; `engine.py` turns the handle.
 
 Ranks run steps in the order in which they were scheduled, and within a layer write all K and V of a step before any
 of its tokens attends. From that alone follows
@@ -15,48 +16,25 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Callable
 
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import FinishReason, GenerateRequest, TokenDelta
 from qwen_ray.core.stats import EngineStats, RequestTimes
-from qwen_ray.core.step import MAX_PROMPT_LOGITS, Chunk, NewSequence, Sample, StepBatch, StepResult
-from qwen_ray.engine.block_pool import BlockPool
+from qwen_ray.core.step import Chunk, NewSequence, Sample, StepBatch, StepResult
+from qwen_ray.engine.dp_rank import DpRank, Room, by_turn
 from qwen_ray.engine.sequence import Sequence
 
 MAX_RETRY_AFTER = 60.0  # seconds
-by_turn = attrgetter("turn")
-
-
-@dataclass(slots=True, kw_only=True)
-class Budget:
-    """What is left of a step while it is being made."""
-
-    num_tokens: int
-    num_prompt_logits: int = MAX_PROMPT_LOGITS
-
-    def of(self, seq: Sequence) -> int:
-        """How many of its uncomputed tokens still fit."""
-        limit = min(self.num_tokens, self.num_prompt_logits) if seq.wants_prompt_logprobs else self.num_tokens
-        return min(limit, seq.num_uncomputed)
-
-    def spend(self, seq: Sequence, count: int) -> int:
-        self.num_tokens -= count
-        if seq.wants_prompt_logprobs:
-            self.num_prompt_logits -= count
-        return count
 
 
 class Scheduler:
     """`on_finished` is told the times of every request that has ended."""
 
     def __init__(self, config: EngineConfig, on_finished: Callable[[RequestTimes], None]) -> None:
-        self.pool = BlockPool(config.num_blocks)
+        self.dp_ranks = tuple(DpRank(number, config) for number in range(config.dp_attention))
         self.waiting: list[Sequence] = []  # by turn
-        self.running: list[Sequence] = []  # by turn; those that the ranks know and that hold blocks
         self._config = config
         self._on_finished = on_finished
         self._by_request: dict[str, Sequence] = {}
@@ -101,16 +79,16 @@ class Scheduler:
 
     def schedule(self) -> StepBatch | None:
         """The next step, or None while there is nothing to compute."""
-        budget = Budget(num_tokens=self._config.max_num_batched_tokens)
         chunks: list[Chunk] = []
         new: list[NewSequence] = []
-        for seq in self._ready():
-            count = budget.of(seq)
-            if count and (new_blocks := self._grow(seq, seq.num_computed + count)) is not None:
-                chunks.append(self._advance(seq, budget.spend(seq, count), new_blocks))
-        while self.waiting and budget.of(self.waiting[0]) and (seq := self._admit()):
+        for dp_rank in self.dp_ranks:
+            for seq in dp_rank.ready():
+                if (new_blocks := self._grow(dp_rank, seq)) is not None:
+                    chunks.append(self._advance(dp_rank, seq, new_blocks))
+        while self.waiting and (room := self._find_room(self.waiting[0])):
+            seq = self._admit(room)
             new.append(seq.to_new())
-            chunks.append(self._advance(seq, budget.spend(seq, budget.of(seq)), seq.block_table))
+            chunks.append(self._advance(room.dp_rank, seq, seq.block_table))
         if not chunks:
             return None
         self._num_scheduled_steps += 1
@@ -137,22 +115,20 @@ class Scheduler:
 
     def reset(self) -> None:
         """The ranks have lost all K and V: everything running waits again, as `prompt + tokens so far`."""
-        for seq in self.running:
-            seq.leave_ranks()
-            insort(self.waiting, seq, key=by_turn)
-        self.running.clear()
+        for dp_rank in self.dp_ranks:
+            for seq in dp_rank.clear():
+                insort(self.waiting, seq, key=by_turn)
         self._by_id.clear()
         self._dropped.clear()
-        self.pool.clear()
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            num_running=len(self.running),
+            num_running=len(self._by_id),
             num_waiting=len(self.waiting),
             num_waiting_tokens=sum(seq.num_tokens for seq in self.waiting),
-            num_blocks=self.pool.num_blocks,
-            num_used_blocks=self.pool.num_blocks - self.pool.num_free,
-            num_cached_blocks=self.pool.num_cached_free,
+            num_blocks=sum(dp_rank.pool.num_blocks for dp_rank in self.dp_ranks),
+            num_used_blocks=sum(dp_rank.num_used_blocks for dp_rank in self.dp_ranks),
+            num_cached_blocks=sum(dp_rank.pool.num_cached_free for dp_rank in self.dp_ranks),
             block_size=self._config.block_size,
             steps_total=self._num_steps,
             prompt_tokens_total=self._num_prompt_tokens,
@@ -162,97 +138,51 @@ class Scheduler:
             preemptions_total=self._num_preemptions,
         )
 
-    def _ready(self) -> Iterator[Sequence]:
-        """Running sequences with something to compute: decodes first, so that no prefill delays a next token.
-
-        With several steps in flight each takes its share of the decodes, or the first would take them all and leave
-        the pipeline nothing.
-        """
-        share = -(-len(self.running) // self._config.depth)
-        decodes = [seq for seq in self.running if seq.num_uncomputed == 1]
-        prefills = [seq for seq in self.running if seq.num_uncomputed > 1]
-        for seq in decodes[:share] + prefills:
-            if seq.is_on_ranks:  # not preempted by one before it
-                yield seq
-
-    def _grow(self, seq: Sequence, num_tokens: int) -> list[int] | None:
-        """Add the blocks that `num_tokens` need, taking them from the last in turn; None if that is `seq` itself.
+    def _grow(self, dp_rank: DpRank, seq: Sequence) -> list[int] | None:
+        """Add the blocks of its next chunk, taking them from the last in turn there; None if that is `seq` itself.
 
         Only decodes ever grow, since an admission brings the blocks of all known tokens; and they are scheduled by turn
         and before prefills. So nobody is preempted who has a chunk in the step being made. The first in turn can
         preempt everybody else, and `max_len` lets no sequence outgrow the whole pool: it always advances.
         """
-        count = self._num_blocks_of(num_tokens) - len(seq.block_table)
-        while count > self.pool.num_free:
-            victim = self.running[-1]
+        count = dp_rank.num_missing(seq)
+        while count > dp_rank.pool.num_free:
+            victim = dp_rank.running[-1]
             self._leave(victim)
             insort(self.waiting, victim, key=by_turn)
             self._num_preemptions += 1
             if victim is seq:
                 return None
-        new_blocks = self.pool.allocate(count)
+        new_blocks = dp_rank.pool.allocate(count)
         seq.block_table += new_blocks
         return new_blocks
 
-    def _admit(self) -> Sequence | None:
-        """The first in the queue with blocks for all its tokens; None while it must wait."""
-        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
-            return None
-        seq = self.waiting[0]
-        num_blocks = self._num_blocks_of(seq.num_tokens)
-        hits = self._hits(seq)
-        # One block to spare for each running sequence, or its next token would preempt what was just admitted; and
-        # whoever was preempted in this step would come straight back for the blocks it has just given up.
-        if self.pool.cost(hits, num_blocks) + len(self.running) > self.pool.num_free:
-            return None
-        self.pool.share(hits)
-        seq.block_table = hits + self.pool.allocate(num_blocks - len(hits))
-        seq.num_registered = len(hits)
-        seq.num_computed = len(hits) * self._config.block_size
-        seq.num_known = seq.num_tokens
-        seq.sequence_id = self._num_admissions
+    def _find_room(self, seq: Sequence) -> Room | None:
+        """Where the load is least with it, the first of several; None while it must wait."""
+        rooms = [room for dp_rank in self.dp_ranks if (room := dp_rank.room(seq))]
+        return min(rooms, key=lambda room: room.load, default=None)
+
+    def _admit(self, room: Room) -> Sequence:
+        """The first in the queue, to where there is room for it."""
+        seq = self.waiting.pop(0)
+        room.dp_rank.admit(seq, room.hits, self._num_admissions)
         self._num_admissions += 1
+        self._by_id[seq.sequence_id] = seq
         if not seq.first_scheduled:
             seq.first_scheduled = time.time()
             seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
         self._num_prefix_queries += seq.num_tokens
         self._num_prefix_hits += seq.num_computed
-        del self.waiting[0]
-        insort(self.running, seq, key=by_turn)
-        self._by_id[seq.sequence_id] = seq
         return seq
 
-    def _hits(self, seq: Sequence) -> list[int]:
-        """Blocks that hold its beginning already. The last token is always computed: it is what is sampled from."""
-        if not self._config.enable_prefix_caching or seq.wants_prompt_logprobs:
-            return []
-        block_size = self._config.block_size
-        return self.pool.match(seq.hashes((seq.num_tokens - 1) // block_size, block_size))
-
-    def _advance(self, seq: Sequence, count: int, new_blocks: list[int]) -> Chunk:
-        """Its next `count` tokens as a chunk; from here on they count as computed."""
-        start, end = seq.num_computed, seq.num_computed + count
-        chunk = Chunk(
-            sequence_id=seq.sequence_id,
-            start=start,
-            count=count,
-            new_tokens=tuple(seq.token_ids[seq.num_known :]),
-            new_blocks=tuple(new_blocks),
-        )
-        seq.num_computed = end
-        seq.num_known = seq.num_tokens
-        num_full = end // self._config.block_size
-        if num_full > seq.num_registered and self._config.enable_prefix_caching:
-            hashes = seq.hashes(num_full, self._config.block_size)
-            for i in range(seq.num_registered, num_full):
-                self.pool.register(seq.block_table[i], hashes[i])
-            seq.num_registered = num_full
-        self._num_prompt_tokens += max(0, min(end, seq.num_prompt_tokens) - start)
+    def _advance(self, dp_rank: DpRank, seq: Sequence, new_blocks: list[int]) -> Chunk:
+        chunk = dp_rank.advance(seq, new_blocks)
+        self._num_prompt_tokens += max(0, min(seq.num_computed, seq.num_prompt_tokens) - chunk.start)
         return chunk
 
     def _append(self, seq: Sequence, sample: Sample | None, now: float) -> None:
         if sample is None or sample.error is not None:
-            self.pool.forget(seq.block_table)
+            self.dp_ranks[seq.dp_rank].pool.forget(seq.block_table)
             self._end(seq, "error", error="the ranks sent no token" if sample is None else sample.error)
             return
         seq.token_ids.append(sample.token_id)
@@ -279,11 +209,9 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         """Take a running sequence off the ranks. Results still in flight find its id gone and are dropped."""
-        self.running.remove(seq)
         del self._by_id[seq.sequence_id]
         self._dropped.append(seq.sequence_id)
-        self.pool.release(seq.block_table)
-        seq.leave_ranks()
+        self.dp_ranks[seq.dp_rank].leave(seq)
 
     def _tell(
         self,
@@ -326,9 +254,6 @@ class Scheduler:
         max_tokens = request.sampling.max_tokens
         longest = min(config.max_model_len, config.num_kv_tokens + 1)
         return longest if max_tokens is None else min(longest, len(prompt) + max_tokens)
-
-    def _num_blocks_of(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
 
     def _retry_after(self) -> float:
         """Seconds until today's queue has been served, at the rate at which requests ended lately."""

@@ -28,6 +28,7 @@ class Sequence:
         "arrival",
         "block_hashes",
         "block_table",
+        "dp_rank",
         "first_scheduled",
         "first_token",
         "has_answered",
@@ -69,6 +70,7 @@ class Sequence:
         self.num_registered = 0  # blocks of the table whose content others can hit
         self.num_computed = 0  # tokens whose K and V are written, or will be by a step in flight
         self.num_known = 0  # tokens that the ranks have been told
+        self.dp_rank = 0  # where the blocks are; means nothing off the ranks
 
     @property
     def is_on_ranks(self) -> bool:
@@ -127,6 +129,7 @@ class Sequence:
             sampling=sampling,
             seed=self.request.seed,
             stop_token_ids=self.request.stop_token_ids,
+            dp_rank=self.dp_rank,
         )
 
     def to_times(self, finish_reason: FinishReason, now: float) -> RequestTimes:

@@ -2,7 +2,8 @@
 
 A token's "K and V" are a hash of its whole context, kept per slot. The next token is drawn from the hash that is read
 *out of the slots*, so whoever shares, frees or overwrites a block wrongly fails at once. Every rule of the wire format
-is asserted.
+is asserted. Each dp rank has slots and sequences of its own, as real ones have: a chunk on another than its sequence's
+finds nobody, and a block of another dp rank holds the wrong K and V.
 """
 
 from __future__ import annotations
@@ -68,15 +69,42 @@ class Known:
 
 
 class FakeRanks:
+    """All dp ranks of a group."""
+
     def __init__(self, config: EngineConfig) -> None:
-        self.config = config
+        self.dp_ranks = [FakeRank(config) for _ in range(config.dp_attention)]
         self.step_id = 0
         self.num_computed_tokens = 0
         self.batches: list[StepBatch] = []
-        self.restart()
 
     def restart(self) -> None:
         """As after a repair: no K and V, no sequences."""
+        for dp_rank in self.dp_ranks:
+            dp_rank.restart()
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        assert batch.step_id > self.step_id, "steps out of order"
+        assert batch.chunks, "an empty step"
+        known = [sequence_id for dp_rank in self.dp_ranks for sequence_id in dp_rank.known]
+        assert len(set(batch.dropped)) == len(batch.dropped), "dropped twice"
+        assert set(batch.dropped) <= set(known), "dropped, but not known"
+        assert not {new.sequence_id for new in batch.new} & set(known), "new, but known"
+        self.step_id = batch.step_id
+        self.num_computed_tokens += batch.num_tokens
+        self.batches.append(batch)
+        parts = [batch.part(number) for number in range(len(self.dp_ranks))]
+        assert sum(len(part.chunks) + len(part.new) for part in parts) == len(batch.chunks) + len(batch.new)
+        return StepResult.joined([rank.execute(part) for rank, part in zip(self.dp_ranks, parts, strict=True)])
+
+
+class FakeRank:
+    """One dp rank."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.restart()
+
+    def restart(self) -> None:
         self.known: dict[int, Known] = {}
         self.slots: dict[int, int] = {}
 
@@ -92,16 +120,11 @@ class FakeRanks:
         return StepResult(step_id=batch.step_id, samples=tuple(samples), prompt_logprobs=tuple(logprobs))
 
     def _take_in(self, batch: StepBatch) -> None:
-        assert batch.step_id > self.step_id, "steps out of order"
-        assert batch.chunks, "an empty step"
         assert batch.num_tokens <= self.config.max_num_batched_tokens, "batch too large"
-        self.step_id = batch.step_id
-        self.num_computed_tokens += batch.num_tokens
-        self.batches.append(batch)
         for sequence_id in batch.dropped:
-            del self.known[sequence_id]
+            self.known.pop(sequence_id, None)
         for new in batch.new:
-            assert new.sequence_id not in self.known, "new, but known"
+            assert new.sequence_id not in self.known, "twice new"
             assert 0 < new.num_prompt_tokens <= len(new.token_ids)
             self.known[new.sequence_id] = Known(new=new, token_ids=list(new.token_ids))
         assert len(self.known) <= self.config.max_num_seqs, "too many sequences"

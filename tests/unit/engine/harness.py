@@ -9,6 +9,7 @@ from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
 from qwen_ray.core.stats import RequestTimes
 from qwen_ray.core.step import StepBatch, StepResult
 from qwen_ray.engine.scheduler import Scheduler
+from qwen_ray.engine.sequence import Sequence
 from tests.unit.engine.fake_ranks import FakeRanks, alone
 
 
@@ -76,9 +77,21 @@ class Harness:
                 assert self.output(name) == tokens[: len(self.output(name))]
             else:
                 assert (self.output(name), reasons) == (tokens, [reason])
-        self.scheduler.pool.check([])
-        assert self.scheduler.pool.num_free == self.config.num_blocks
+        self.check_books()
+        assert self.scheduler.stats().num_used_blocks == 0
         assert len(self.times) == len(self.requests)
+
+    def check_books(self) -> None:
+        """Blocks of every dp rank against the tables of those that run on it."""
+        for dp_rank in self.scheduler.dp_ranks:
+            dp_rank.pool.check([seq.block_table for seq in dp_rank.running])
+            assert all(seq.dp_rank == dp_rank.number for seq in dp_rank.running)
+            assert len(dp_rank.running) <= self.config.max_num_seqs
+        assert all(not seq.block_table for seq in self.scheduler.waiting)
+
+    @property
+    def running(self) -> list[Sequence]:
+        return [seq for dp_rank in self.scheduler.dp_ranks for seq in dp_rank.running]
 
     def _take(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:

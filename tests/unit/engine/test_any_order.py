@@ -23,9 +23,17 @@ class AnyOrder(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
         caching=st.booleans(),
+        dp_attention=st.sampled_from([1, 2, 3]),
     )
     def begin(
-        self, depth: int, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool
+        self,
+        depth: int,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        budget: int,
+        caching: bool,
+        dp_attention: int,
     ) -> None:
         self.harness = Harness(
             EngineConfig(
@@ -37,6 +45,7 @@ class AnyOrder(RuleBasedStateMachine):
                 max_num_waiting=6,
                 enable_prefix_caching=caching,
                 depth=depth,
+                dp_attention=dp_attention,
             )
         )
 
@@ -95,7 +104,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: not self.harness.scheduler.is_idle)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        alive = [s.request.request_id for s in (*self.harness.scheduler.waiting, *self.harness.scheduler.running)]
+        alive = [s.request.request_id for s in (*self.harness.scheduler.waiting, *self.harness.running)]
         name = data.draw(st.sampled_from(sorted(alive)))
         self.harness.aborted.add(name)
         self.harness.scheduler.abort(name)
@@ -110,10 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         if hasattr(self, "harness"):
-            scheduler = self.harness.scheduler
-            scheduler.pool.check([seq.block_table for seq in scheduler.running])
-            assert all(not seq.block_table for seq in scheduler.waiting)
-            assert len(scheduler.running) <= self.harness.config.max_num_seqs
+            self.harness.check_books()
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):

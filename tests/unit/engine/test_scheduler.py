@@ -109,7 +109,7 @@ def test_an_admission_leaves_a_block_for_each_running_sequence() -> None:
     harness.add(request("a", range(15), max_tokens=5), request("b", range(20, 36)))
     harness.step()
     harness.step()
-    assert [seq.request.request_id for seq in harness.scheduler.running] == ["a"]
+    assert [seq.request.request_id for seq in harness.running] == ["a"]
     harness.drain()
     harness.check_ended()
     assert harness.scheduler.stats().preemptions_total == 0
@@ -130,7 +130,7 @@ def test_priority_decides_who_goes_first() -> None:
     order: list[str] = []
     while not harness.scheduler.is_idle:
         harness.step()
-        order += [seq.request.request_id for seq in harness.scheduler.running]
+        order += [seq.request.request_id for seq in harness.running]
     assert list(dict.fromkeys(order)) == ["c", "a", "b"]
 
 
@@ -245,7 +245,7 @@ def test_after_a_reset_everything_runs_again_from_its_tokens_so_far() -> None:
     harness.inflight.clear()
     harness.ranks.restart()
     harness.scheduler.reset()
-    harness.scheduler.pool.check([])
+    harness.check_books()
     assert harness.scheduler.stats().num_running == 0
     harness.drain()
     harness.check_ended()
