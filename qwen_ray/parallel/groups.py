@@ -1,4 +1,4 @@
-"""The groups that one rank belongs to: its tensor peers, and its neighbours in the pipeline.
+"""The groups that one rank belongs to: its tensor peers, its stage, and its neighbours in the pipeline.
 
 Knows how ranks find each other and which means of talking they have. Knows no models. Everything is held in `Groups`:
 there is no default process group, so that one process may be a member of several.
@@ -17,7 +17,8 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from qwen_ray.core.plan import Rendezvous, Shard
 from qwen_ray.parallel.collectives import Alone, Connection, Nccl, NcclPipe, Pipe, TensorGroup
-from qwen_ray.parallel.link import Listener, Star, connect
+from qwen_ray.parallel.link import Listener, connect
+from qwen_ray.parallel.mesh import Mesh
 from qwen_ray.parallel.shared_memory import SharedMemory
 
 RETRY_SECONDS = 0.05
@@ -31,11 +32,14 @@ class Groups:
         tensor: TensorGroup,
         *,
         device: torch.device,
+        stage: TensorGroup | None = None,
         previous: Pipe | None = None,
         following: Pipe | None = None,
         store: Store | None = None,
     ) -> None:
+        """`stage` None: the tensor ranks are all ranks of the stage."""
         self.tensor = tensor
+        self.stage = stage or tensor
         self._device = device
         self._previous = previous
         self._next = following
@@ -53,30 +57,35 @@ class Groups:
         meeting = Meeting(shard, store, local_address(*_host_port(rendezvous.address)), device, timeout)
         previous, following = meeting.pipes()
         tensor = meeting.tensor_group()
+        stage = meeting.stage_group() if shard.dp_size > 1 else tensor
         meeting.end()
-        return cls(tensor, device=device, previous=previous, following=following, store=store)
+        return cls(tensor, device=device, stage=stage, previous=previous, following=following, store=store)
 
     def send(self, x: torch.Tensor) -> None:
-        """Send x to the next stage; may return before it has arrived."""
+        """Send x to the next stage; may return before it has arrived. Empty: nothing to do, both ends know the size."""
         assert self._next is not None, "the last stage sends to nobody"
-        self._next.send(x)
+        if x.numel():
+            self._next.send(x)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """What the previous stage sent next."""
         assert self._previous is not None, "the first stage receives from nobody"
-        return self._previous.receive(torch.empty(shape, dtype=dtype, device=self._device))
+        x = torch.empty(shape, dtype=dtype, device=self._device)
+        return self._previous.receive(x) if x.numel() else x
 
     def abort(self) -> None:
         """Make every operation raise, also one that waits, here and on the peers. From any thread, and for good."""
-        for part in (self.tensor, self._previous, self._next):
-            if part is not None:
-                part.abort()
+        for part in self._parts():
+            part.abort()
 
     def close(self) -> None:
-        for part in (self.tensor, self._previous, self._next):
-            if part is not None:
-                part.close()
+        for part in self._parts():
+            part.close()
         self._store = None
+
+    def _parts(self) -> list[TensorGroup | Pipe]:
+        stage = None if self.stage is self.tensor else self.stage
+        return [part for part in (self.tensor, stage, self._previous, self._next) if part is not None]
 
 
 class Meeting:
@@ -91,15 +100,23 @@ class Meeting:
         self._timeout = timeout
 
     def tensor_group(self) -> TensorGroup:
+        """Of this rank's dp rank."""
+        shard = self._shard
+        return self._group(f"stage{shard.stage}dp{shard.dp_rank}", shard.tp_rank, shard.tp_size)
+
+    def stage_group(self) -> TensorGroup:
+        """Of all dp ranks."""
+        return self._group(f"stage{self._shard.stage}", self._shard.stage_rank, self._shard.stage_size)
+
+    def _group(self, name: str, rank: int, size: int) -> TensorGroup:
         """NCCL between CUDA devices; on CPU shared memory, or TCP where there is none to share."""
-        rank, size = self._shard.tp_rank, self._shard.tp_size
         if size == 1:
             return Alone()
-        store = PrefixStore(f"stage{self._shard.stage}", self._store)
+        store = PrefixStore(name, self._store)
         if self._device.type == "cuda":
             return Nccl(self._nccl(store, rank, size))
         shared = SharedMemory.join(store, rank, size, timeout=self._timeout)
-        return shared or Star.join(store, rank, size, self._address, self._timeout)
+        return shared or Mesh.join(store, rank, size, self._address, self._timeout)
 
     def pipes(self) -> tuple[Pipe | None, Pipe | None]:
         """From the previous stage, and to the next."""

@@ -1,4 +1,4 @@
-"""A TCP connection between two ranks that carries CPU tensors, in order; and a tensor group made of such links.
+"""A TCP connection between two ranks that carries CPU tensors, in order.
 
 Why not gloo: nothing ends a gloo receive that waits for a live peer, and a group must come down at once when any rank
 dies. A socket is shut down from any thread.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch._C._distributed_c10d import Store
+
+from qwen_ray.parallel.collectives import bytes_of
 
 TOKEN_BYTES = 16
 
@@ -31,11 +31,11 @@ class Link:
 
     def send(self, x: torch.Tensor) -> None:
         """Returns as soon as the system has taken it."""
-        self._socket.sendall(_bytes_of(x.contiguous()))
+        self._socket.sendall(bytes_of(x.contiguous()))
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         """Fill contiguous x."""
-        left = _bytes_of(x)
+        left = bytes_of(x)
         while left:
             count = self._socket.recv_into(left)
             if count == 0:
@@ -79,53 +79,3 @@ def connect(store: Store, name: str, timeout: float) -> Link:
     connection = socket.create_connection((address, int(port)), timeout)
     connection.sendall(bytes.fromhex(token))
     return Link(connection, timeout)
-
-
-class Star:
-    """A TensorGroup of CPU ranks that share no memory: rank 0 has a link to each other one, adds up and hands out."""
-
-    def __init__(self, rank: int, size: int, links: Sequence[Link]) -> None:
-        """`links`: on rank 0 to the ranks 1, 2, …; on the others the one to rank 0."""
-        self.size = size
-        self._rank = rank
-        self._links = links
-
-    @classmethod
-    def join(cls, store: Store, rank: int, size: int, address: str, timeout: float) -> Star:
-        if rank != 0:
-            return cls(rank, size, [connect(store, f"star{rank}", timeout)])
-        listeners = [Listener(store, f"star{peer}", address) for peer in range(1, size)]
-        return cls(rank, size, [listener.accept(timeout) for listener in listeners])
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        if self._rank != 0:
-            self._links[0].send(x)
-            return self._links[0].receive(x)
-        total = x.float()
-        for link in self._links:
-            total += link.receive(torch.empty_like(x))
-        total = total.to(x.dtype)
-        for link in self._links:
-            link.send(total)
-        return total
-
-    def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
-        if self._rank != 0:
-            self._links[0].send(x)
-            return None
-        others = [x.new_empty(x.shape[0], size) for size in sizes[1:]]
-        parts = [link.receive(part) for link, part in zip(self._links, others, strict=True)]
-        return torch.cat([x, *parts], dim=-1)
-
-    def abort(self) -> None:
-        for link in self._links:
-            link.abort()
-
-    def close(self) -> None:
-        for link in self._links:
-            link.close()
-
-
-def _bytes_of(x: torch.Tensor) -> memoryview:
-    return memoryview(cast(Any, x.view(-1).view(torch.uint8).numpy()))

@@ -1,4 +1,4 @@
-"""Sums and gathers between the ranks of one node, through memory that they share.
+"""Sums, gathers and exchanges between the ranks of one node, through memory that they share.
 
 Every rank has a slot: it writes its part there, raises its sequence number and waits for the others'. Slots are double,
 so that one such barrier per exchange is enough: to write exchange n, a rank needs the others to have written n - 1, and
@@ -14,6 +14,7 @@ Only for x86-64, whose stores become visible in the order in which they were mad
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 import platform
@@ -21,9 +22,13 @@ import secrets
 import struct
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch._C._distributed_c10d import Store
+
+from qwen_ray.core.plan import Span
+from qwen_ray.parallel.collectives import bytes_of
 
 CAPACITY = 512 * 1024  # bytes of a slot's half: two slots fit a core's cache
 LINE = 128  # bytes: two cache lines, which the processor fetches together
@@ -40,9 +45,9 @@ class SharedMemory:
     """A TensorGroup. Not thread-safe, `abort` excepted; raises OSError when a peer dies, hangs or aborts."""
 
     def __init__(self, fd: int, rank: int, size: int, *, timeout: float, capacity: int) -> None:
+        self.rank = rank
         self.size = size
         self._fd = fd
-        self._rank = rank
         self._timeout = timeout
         self._capacity = capacity
         self._sequence = 0
@@ -50,6 +55,8 @@ class SharedMemory:
         self._words = memoryview(memory)[: _header_bytes(size)].cast("Q")
         self._own_word = _sequence_word(rank)
         self._peers = [peer for peer in range(size) if peer != rank]
+        slots = memoryview(memory)[_header_bytes(size) :]
+        self._slots = [slots[start : start + capacity] for start in range(0, len(slots), capacity)]
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._views_key: tuple[torch.dtype, int] | None = None
         self._views: list[tuple[torch.Tensor, ...]] = []
@@ -80,6 +87,8 @@ class SharedMemory:
         return None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:
+            return x
         flat = x.reshape(-1)
         if flat.nbytes <= self._capacity:
             self._sum(flat)
@@ -96,17 +105,67 @@ class SharedMemory:
     def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
         num_rows, step = x.shape[0], self._capacity // x.itemsize
         flat = x.reshape(-1)
-        parts = [x.new_empty(num_rows * size) for size in sizes] if self._rank == 0 else []
+        parts = [x.new_empty(num_rows * size) for size in sizes] if self.rank == 0 else []
         for start in range(0, num_rows * max(sizes), step):
             slots = self._write(flat[start : start + step], step)
-            if self._rank == 0:
+            if self.rank == 0:
                 self._wait_for_all()
                 for part, slot in zip(parts, slots, strict=True):
                     piece = part[start : start + step]
                     piece.copy_(slot[: piece.numel()])
-        if self._rank != 0:
+        if self.rank != 0:
             return None
         return torch.cat([part.view(num_rows, size) for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """What a rank has to say is `counts`, then its rows for the others: as many exchanges as the longest needs."""
+        assert len(x) == sum(counts), f"{len(x)} rows, of which {counts} are for the ranks"
+        row_bytes = x.itemsize * math.prod(x.shape[1:])
+        rows = bytes_of(x.contiguous())
+        own = Span(sum(counts[: self.rank]), sum(counts[: self.rank + 1])).scaled(row_bytes)
+        first = 8 * self.size  # a count takes 8 bytes
+        said = [(first, rows[: own.start]), (first + own.start, rows[own.stop :])]
+
+        slots = self._exchange(said, 0, counts)
+        table = [struct.unpack_from(f"{self.size}q", slot) for slot in slots]
+        received = [from_peer[self.rank] for from_peer in table]
+        out = x.new_empty(sum(received), *x.shape[1:])
+        heard: list[tuple[int, memoryview]] = []
+        left = bytes_of(out)
+        for peer, from_peer in enumerate(table):
+            part, left = left[: received[peer] * row_bytes], left[received[peer] * row_bytes :]
+            if peer == self.rank:
+                part[:] = rows[own.start : own.stop]
+            before = sum(from_peer[: self.rank]) - (from_peer[peer] if peer < self.rank else 0)
+            heard.append((first + before * row_bytes, part))
+        longest = first + max(sum(c) - c[peer] for peer, c in enumerate(table)) * row_bytes
+        for place in range(0, longest, self._capacity):
+            slots = self._exchange(said, place) if place else slots
+            for peer in self._peers:
+                in_slot, in_part = self._overlap(place, *heard[peer])
+                heard[peer][1][in_part] = slots[peer][in_slot]
+        return out, received
+
+    def _exchange(self, said: list[tuple[int, memoryview]], place: int, counts: Sequence[int] = ()) -> list[memoryview]:
+        """Show what lies at `place` of all that this rank has `said`; returns all ranks' slots."""
+        self._wait_for_all()
+        self._sequence += 1
+        first = (self._sequence & 1) * self.size
+        slots = self._slots[first : first + self.size]
+        if counts:
+            struct.pack_into(f"{self.size}q", slots[self.rank], 0, *counts)
+        for start, part in said:
+            in_slot, in_part = self._overlap(place, start, part)
+            slots[self.rank][in_slot] = part[in_part]
+        self._words[self._own_word] = self._sequence
+        self._wait_for_all()
+        return slots
+
+    def _overlap(self, place: int, start: int, part: memoryview) -> tuple[slice, slice]:
+        """Where in a slot that begins at `place`, and where in `part` itself, are the bytes that they share."""
+        low = max(start, place)
+        high = max(low, min(start + len(part), place + self._capacity))
+        return slice(low - place, high - place), slice(low - start, high - start)
 
     def abort(self) -> None:
         self._words[ABORTED] = 1
@@ -114,7 +173,7 @@ class SharedMemory:
     def close(self) -> None:
         """Leave: to the peers it looks like a death. The memory goes with its last user."""
         if self._fd >= 0:
-            _set_lock(self._fd, self._rank, fcntl.F_UNLCK)
+            _set_lock(self._fd, self.rank, fcntl.F_UNLCK)
             os.close(self._fd)
             self._fd = -1
 
@@ -126,7 +185,7 @@ class SharedMemory:
         if key != self._views_key:
             self._views_key, self._views = key, self._make_views(*key)
         slots = self._views[self._sequence & 1]
-        own = slots[self._rank] if length is None else slots[self._rank][: piece.numel()]
+        own = slots[self.rank] if length is None else slots[self.rank][: piece.numel()]
         own.copy_(piece)
         self._words[self._own_word] = self._sequence
         return slots
@@ -186,7 +245,7 @@ def _sequence_word(rank: int) -> int:
 
 def _add(slots: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     """Sum them in order into `out`; short types are rounded once, at the end."""
-    if len(slots) == 2 or out.dtype is torch.float32:
+    if len(slots) == 2 or out.itemsize >= 4:
         torch.add(slots[0], slots[1], out=out)
         for slot in slots[2:]:
             out.add_(slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from qwen_ray.parallel import shared_memory
 from qwen_ray.parallel.collectives import Alone, TensorGroup
 from qwen_ray.parallel.groups import local_address
-from qwen_ray.parallel.link import Listener, Star, connect
+from qwen_ray.parallel.link import Listener, connect
+from qwen_ray.parallel.mesh import Mesh
 from qwen_ray.parallel.shared_memory import SharedMemory
 
 Result = TypeVar("Result")
@@ -28,8 +30,8 @@ def make_shared(store: Store, rank: int, size: int, timeout: float = 20.0) -> Sh
     return SharedMemory.join(store, rank, size, timeout=timeout, capacity=CAPACITY)
 
 
-def make_star(store: Store, rank: int, size: int) -> Star:
-    return Star.join(store, rank, size, "127.0.0.1", 20.0)
+def make_mesh(store: Store, rank: int, size: int) -> Mesh:
+    return Mesh.join(store, rank, size, "127.0.0.1", 20.0)
 
 
 def on_all(size: int, function: Callable[[int], Result]) -> list[Result]:
@@ -42,7 +44,7 @@ def join_all(make: Make, size: int) -> list[Any]:
     return on_all(size, lambda rank: make(store, rank, size))
 
 
-@pytest.fixture(scope="module", params=[(make_shared, 2), (make_shared, 3), (make_star, 2), (make_star, 3)])
+@pytest.fixture(scope="module", params=[(make_shared, 2), (make_shared, 3), (make_mesh, 2), (make_mesh, 3)])
 def groups(request: pytest.FixtureRequest) -> Iterator[list[TensorGroup]]:
     make, size = request.param
     members = join_all(make, size)
@@ -85,6 +87,7 @@ def test_gather_sets_columns_side_by_side(groups: list[TensorGroup], num_rows: i
         return groups[rank].gather(parts[rank], sizes), groups[rank].all_reduce(torch.ones(100))
 
     results = on_all(size, work)
+    assert results[0][0] is not None
     assert torch.equal(results[0][0], torch.cat(parts, dim=1))
     assert all(gathered is None for gathered, _ in results[1:])
     assert all((total == size).all() for _, total in results)
@@ -94,6 +97,65 @@ def test_one_rank_alone_is_the_identity() -> None:
     x = torch.randn(3, 4)
     assert Alone().all_reduce(x) is x
     assert Alone().gather(x, (4,)) is x
+    assert Alone().all_to_all(x, [3]) == (x, [3])
+
+
+row_shapes = st.sampled_from([(), (3,), (2, 5)])
+all_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8])
+
+
+@given(data=st.data(), dtype=all_dtypes, row_shape=row_shapes, most=st.sampled_from([0, 1, 3, 40]))
+@settings(max_examples=30, deadline=None)
+def test_all_to_all_brings_rows_to_their_ranks(
+    groups: list[TensorGroup], data: st.DataObject, dtype: torch.dtype, row_shape: tuple[int, ...], most: int
+) -> None:
+    """Zeros and messages of many pieces among them; bit for bit; and a sum right after it."""
+    size = len(groups)
+    row = st.lists(st.integers(0, most), min_size=size, max_size=size)
+    counts = data.draw(st.lists(row, min_size=size, max_size=size))
+    inputs = [random_rows(rank, sum(counts[rank]), row_shape, dtype) for rank in range(size)]
+
+    def work(rank: int) -> tuple[tuple[torch.Tensor, list[int]], torch.Tensor]:
+        return groups[rank].all_to_all(inputs[rank], counts[rank]), groups[rank].all_reduce(torch.ones(3))
+
+    sections = [x.split(own) for x, own in zip(inputs, counts, strict=True)]
+    for rank, ((rows, received), total) in enumerate(on_all(size, work)):
+        assert received == [from_peer[rank] for from_peer in counts]
+        assert rows.dtype is dtype
+        expected = torch.cat([from_peer[rank] for from_peer in sections])
+        assert rows.shape == expected.shape
+        assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
+        assert total.tolist() == [size] * 3
+
+
+def random_rows(seed: int, count: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Any bits: NaNs too."""
+    generator = torch.Generator().manual_seed(seed)
+    num_bytes = count * math.prod(row_shape) * dtype.itemsize
+    bits = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
+    return bits.view(dtype).view(count, *row_shape)
+
+
+def test_rows_that_do_not_lie_in_order_are_sent_in_order(groups: list[TensorGroup]) -> None:
+    size = len(groups)
+    x = torch.arange(4.0 * size).view(4, size).T
+    results = on_all(size, lambda rank: groups[rank].all_to_all(x, [1] * size)[0])
+    for rank, rows in enumerate(results):
+        assert torch.equal(rows, x[rank].expand(size, 4))
+
+
+def test_nothing_is_summed_without_a_peer(groups: list[TensorGroup]) -> None:
+    """The others do not even call it."""
+    x = torch.empty(0, 7)
+    assert groups[1].all_reduce(x) is x
+
+
+@given(values=st.lists(st.integers(-(2**40), 2**40), min_size=3, max_size=3))
+@settings(max_examples=5, deadline=None)
+def test_integers_are_summed_exactly(groups: list[TensorGroup], values: list[int]) -> None:
+    size = len(groups)
+    totals = on_all(size, lambda rank: groups[rank].all_reduce(torch.tensor([values[rank]])))
+    assert [total.item() for total in totals] == [sum(values[:size])] * size
 
 
 def test_a_peer_that_hangs_is_given_up() -> None:
@@ -115,7 +177,7 @@ def test_a_peer_that_left_is_noticed() -> None:
     first.close()
 
 
-@pytest.mark.parametrize("make", [make_shared, make_star])
+@pytest.mark.parametrize("make", [make_shared, make_mesh])
 def test_abort_ends_a_wait_here_and_on_the_peers(make: Make) -> None:
     members = join_all(make, 3)
     timer = threading.Timer(0.05, members[2].abort)
@@ -125,7 +187,7 @@ def test_abort_ends_a_wait_here_and_on_the_peers(make: Make) -> None:
             timer.start()
             return "idle"
         try:
-            # Of a star, only the root hears of a leaf's end; it then ends the others'.
+            # Of a mesh, only the root hears of a leaf's end; it then ends the others'.
             members[rank].all_reduce(torch.ones(3))
         except OSError as error:
             members[rank].abort()
