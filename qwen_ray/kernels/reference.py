@@ -40,6 +40,39 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts each token goes to: logits [T, E] to weights [T, k] float32 and expert ids [T, k], best first.
+
+    A softmax over all experts in float32; `renormalize`: the chosen weights are made to add up to 1.
+    """
+    weights, ids = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
+
+
+def run_experts(
+    x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of each token's experts, as far as they are here; Shazeer et al. 2017.
+
+    x [N, hidden]; slots [N, k], different ones for a token, -1: not here; weights [N, k] float32; gate_up [S, 2 I,
+    hidden] and down [S, hidden, I] of the experts in slots 0 to S - 1. Returns [N, hidden].
+    """
+    parts = x.new_zeros(*slots.shape, x.shape[1])
+    for slot in range(gate_up.shape[0]):
+        here = slots == slot
+        rows = x[here.any(-1)]
+        parts[here] = linear(silu_and_mul(linear(rows, gate_up[slot], None)), down[slot], None)
+    return sum_choices(parts, weights)
+
+
+def sum_choices(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What k experts gave, parts [N, k, hidden], times weights [N, k], added up in float32 from the first choice on."""
+    total = parts[:, 0] * weights[:, :1]
+    for choice in range(1, parts.shape[1]):
+        total.addcmul_(parts[:, choice], weights[:, choice : choice + 1])
+    return total.to(parts.dtype)
+
+
 def store_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qwen_ray.kernels import reference
 
@@ -25,6 +26,8 @@ class Kernels:
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    route: Callable[[torch.Tensor, int, bool], tuple[torch.Tensor, torch.Tensor]]
+    run_experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     store_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     plan_attention: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...], int], Any]
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
@@ -33,11 +36,18 @@ class Kernels:
     def of(cls, device: torch.device) -> Kernels:
         """The fastest that `device` has."""
         if device.type == "cpu":
-            from qwen_ray.kernels.cpu import attention
+            from qwen_ray.kernels.cpu import attention, experts
 
             return replace(
-                REFERENCE, plan_attention=attention.plan_attention, paged_attention=attention.paged_attention
+                REFERENCE,
+                plan_attention=attention.plan_attention,
+                paged_attention=attention.paged_attention,
+                run_experts=experts.run_experts,
             )
+        if device.type == "cuda" and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (8, 0):
+            from qwen_ray.kernels.cuda import experts
+
+            return replace(REFERENCE, run_experts=experts.run_experts)
         return REFERENCE
 
 
@@ -46,6 +56,8 @@ REFERENCE = Kernels(
     rms_norm=reference.rms_norm,
     rotate=reference.rotate,
     silu_and_mul=reference.silu_and_mul,
+    route=reference.route,
+    run_experts=reference.run_experts,
     store_kv=reference.store_kv,
     plan_attention=reference.plan_attention,
     paged_attention=reference.paged_attention,
