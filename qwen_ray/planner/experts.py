@@ -50,15 +50,21 @@ def even_slots(num_experts: int, ep: int, num_redundant: int = 0) -> tuple[int, 
 
 
 def imbalance(expert_tokens: ExpertTokens, placement: ExpertPlacement) -> float:
-    """The fullest expert rank's tokens over the mean of all, of all layers together; 1.0 where there are none."""
+    """Tokens of the fullest expert rank over those of the mean one; 1.0 where there are none.
+
+    Layers are added up as they are waited for: of each, the fullest. As `core.stats.ExpertLoad.imbalance`.
+    """
     layers = [rank_tokens(tokens, slots) for tokens, slots in zip(expert_tokens, placement.slots, strict=True) if slots]
-    return _max_over_mean([sum(ranks) for ranks in zip(*layers, strict=True)])
+    mean = sum(sum(ranks) / len(ranks) for ranks in layers)
+    return sum(map(max, layers)) / mean if mean else 1.0
 
 
 def layer_imbalances(expert_tokens: ExpertTokens, placement: ExpertPlacement) -> tuple[float, ...]:
     """The same of each layer; 1.0 for a dense one."""
-    layers = zip(expert_tokens, placement.slots, strict=True)
-    return tuple(_max_over_mean(rank_tokens(tokens, slots)) for tokens, slots in layers)
+    return tuple(
+        imbalance([tokens], ExpertPlacement(slots=(slots,)))
+        for tokens, slots in zip(expert_tokens, placement.slots, strict=True)
+    )
 
 
 def rank_tokens(tokens: Sequence[float], slots: Slots) -> list[float]:
@@ -71,7 +77,7 @@ def rank_tokens(tokens: Sequence[float], slots: Slots) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertLoad:
+class ExpertLoadFile:
     """Tokens that a model's experts have computed: by layer, () for a dense one, and expert."""
 
     model: str
@@ -83,7 +89,7 @@ class ExpertLoad:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: object, *, origin: str) -> ExpertLoad:
+    def from_json(cls, value: object, *, origin: str) -> ExpertLoadFile:
         """Raises SettingsError naming `origin` and the field."""
         if not isinstance(value, Mapping):
             raise SettingsError(f"{origin}: not a JSON object.", field="expert_load")
@@ -206,11 +212,6 @@ def _relabelled(packed: Sequence[set[int]], current: Slots) -> Slots:
         arrivals = iter(sorted(given[rank].difference(held)))
         slots.append(tuple(expert if expert in given[rank] else next(arrivals) for expert in held))
     return tuple(slots)
-
-
-def _max_over_mean(loads: Sequence[float]) -> float:
-    total = sum(loads)
-    return max(loads) * len(loads) / total if total else 1.0
 
 
 def _numbers(row: object, num_experts: int, field: str, origin: str) -> tuple[float, ...]:

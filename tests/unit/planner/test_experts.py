@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen_ray.core.errors import PlanRefused, SettingsError
 from qwen_ray.core.plan import ExpertPlacement
-from qwen_ray.planner.experts import ExpertLoad, balance, even_slots, imbalance, layer_imbalances, rank_tokens
+from qwen_ray.planner.experts import ExpertLoadFile, balance, even_slots, imbalance, layer_imbalances, rank_tokens
 from qwen_ray.planner.family import lookup
 
 
@@ -84,13 +84,14 @@ def test_what_one_layer_cannot_even_out_falls_on_another_rank_in_the_next() -> N
     tokens = [[90.0, 5.0, 5.0, 0.0]] * 4
     found = balance(tokens, ep=2, num_slots=(2, 2))
     assert layer_imbalances(tokens, found) == (1.8,) * 4
-    assert imbalance(tokens, found) == 1.0
+    assert [sum(ranks) for ranks in zip(*map(rank_tokens, tokens, found.slots), strict=True)] == [200, 200]
 
 
 def test_dense_layers_and_no_tokens_are_balanced() -> None:
     placement = ExpertPlacement(slots=((), ((0,), (1,))))
     assert imbalance([[], [0.0, 0.0]], placement) == 1.0
     assert layer_imbalances([[], [3.0, 1.0]], placement) == (1.0, 1.5)
+    assert imbalance([[3.0, 1.0], [1.0, 3.0]], ExpertPlacement(slots=(((0,), (1,)),) * 2)) == 1.5
     assert imbalance([[]], ExpertPlacement(slots=((),))) == 1.0
 
 
@@ -104,8 +105,8 @@ def test_slots_that_do_not_match_are_refused() -> None:
 
 
 def test_a_load_file_is_read_back() -> None:
-    load = ExpertLoad(model="m", num_experts=2, expert_tokens=((), (1, 2.5)))
-    assert ExpertLoad.from_json(json.loads(json.dumps(load.to_json())), origin="load.json") == load
+    load = ExpertLoadFile(model="m", num_experts=2, expert_tokens=((), (1, 2.5)))
+    assert ExpertLoadFile.from_json(json.loads(json.dumps(load.to_json())), origin="load.json") == load
 
 
 @pytest.mark.parametrize(
@@ -123,18 +124,18 @@ def test_a_load_file_is_read_back() -> None:
 )
 def test_a_wrong_load_file_is_named(value: object, field: str) -> None:
     with pytest.raises(SettingsError, match=f"load.json: {field}"):
-        ExpertLoad.from_json(value, origin="load.json")
+        ExpertLoadFile.from_json(value, origin="load.json")
 
 
 def test_the_load_of_another_model_is_refused() -> None:
     config = lookup("qwen3-30b-a3b")
     assert config is not None
     rows = ((1.0,) * 128,) * 48
-    ExpertLoad(model="", num_experts=128, expert_tokens=rows).check(config, origin="f")
+    ExpertLoadFile(model="", num_experts=128, expert_tokens=rows).check(config, origin="f")
     for load, field in (
-        (ExpertLoad(model="", num_experts=64, expert_tokens=()), "num_experts"),
-        (ExpertLoad(model="", num_experts=128, expert_tokens=rows[:-1]), "expert_tokens"),
-        (ExpertLoad(model="", num_experts=128, expert_tokens=((), *rows[1:])), r"expert_tokens\[0\]"),
+        (ExpertLoadFile(model="", num_experts=64, expert_tokens=()), "num_experts"),
+        (ExpertLoadFile(model="", num_experts=128, expert_tokens=rows[:-1]), "expert_tokens"),
+        (ExpertLoadFile(model="", num_experts=128, expert_tokens=((), *rows[1:])), r"expert_tokens\[0\]"),
     ):
         with pytest.raises(SettingsError, match=field):
             load.check(config, origin="f")
