@@ -7,6 +7,7 @@ Knows names, help texts and exit codes. What a command does stands in `commands/
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -216,15 +217,20 @@ def pull(*, settings: Settings, model: ModelArgument = None) -> None:
 def status(
     url: Annotated[str, typer.Option("--url", metavar="URL", help="The server's address.")] = "http://127.0.0.1:8000",
     as_json: JsonFlag = False,
+    expert_load: Annotated[
+        Path | None,
+        typer.Option("--expert-load", metavar="FILE", help="Write how often each expert was asked for to FILE."),
+    ] = None,
 ) -> None:
     """Show what a running server is made of: replicas, ranks, memory, KV use.
 
     qwen-ray status
-    qwen-ray status --json | jq '.models[0].replicas[0].ranks'
+    qwen-ray status --json | jq '.replicas[0].ranks'
+    qwen-ray status --expert-load load.json && qwen-ray plan MODEL --expert-load load.json
     """
     from qwen_ray.commands.status import run_status
 
-    run_status(url.rstrip("/"), as_json=as_json)
+    run_status(url.rstrip("/"), as_json=as_json, expert_load=expert_load)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +15,12 @@ from qwen_ray.core.errors import QwenRayError
 _MB = 1e6
 
 
-def run_status(url: str, *, as_json: bool) -> None:
-    """Raises QwenRayError when nothing answers at `url`."""
-    status = fetch(url)
+def run_status(url: str, *, as_json: bool, expert_load: Path | None = None) -> None:
+    """`expert_load`: a file to write what experts have computed to. Raises QwenRayError when nothing answers."""
+    if expert_load is not None:
+        _write_expert_load(url, expert_load)
+        return
+    status = fetch(url, "status")
     if as_json:
         out.print(json.dumps(status, indent=2), markup=False, soft_wrap=True)
         return
@@ -30,9 +34,20 @@ def run_status(url: str, *, as_json: bool) -> None:
         _show_replica(replica)
 
 
-def fetch(url: str) -> dict[str, Any]:
+def _write_expert_load(url: str, file: Path) -> None:
+    load = fetch(url, "expert_load")
+    if not any(load["expert_tokens"]):
+        raise QwenRayError(f"{load['model']} has no experts, or its ranks do not answer now.")
     try:
-        answer = httpx.get(f"{url}/status", timeout=10.0)
+        file.write_text(json.dumps(load), encoding="utf-8")
+    except OSError as error:
+        raise QwenRayError(f"{file}: cannot be written: {error.strerror}.") from error
+    out.print(f"{file}: what the experts of {load['model']} have computed", markup=False)
+
+
+def fetch(url: str, path: str) -> dict[str, Any]:
+    try:
+        answer = httpx.get(f"{url}/{path}", timeout=10.0)
         answer.raise_for_status()
         return answer.json()
     except (httpx.HTTPError, ValueError) as error:
@@ -53,15 +68,29 @@ def _show_replica(replica: dict[str, Any]) -> None:
             f"{engine['num_blocks'] * engine['block_size']} tokens, {engine['steps_total']} steps"
         )
     out.print(head, markup=False)
-    if not replica["ranks"]:
-        return
+    if replica.get("expert_imbalance") is not None:
+        out.print(
+            f"experts: the fullest rank computes {replica['expert_imbalance']:.2f} times the mean; "
+            f"moved {replica['num_rebalances']} times",
+            markup=False,
+        )
+    if replica["ranks"]:
+        out.print(_rank_table(replica["ranks"]))
+
+
+def _rank_table(ranks: list[dict[str, Any]]) -> Table:
+    """Of the degrees, those that the plan has."""
+    degrees = [name for name in ("stage", "dp_rank", "tp_rank", "ep_rank") if len({rank[name] for rank in ranks}) > 1]
+    words = ["rank", *degrees, "pid", "node", "device"]
+    has_experts = any(rank["expert_tokens"] for rank in ranks)
     table = Table()
-    for name in ("rank", "stage", "tp rank", "pid", "node", "device", "memory", "weights", "KV cache", "steps"):
-        table.add_column(name, justify="left" if name in ("node", "device") else "right")
-    for rank in replica["ranks"]:
+    for name in (*words, "memory", "weights", "KV cache", "steps", *(["expert tokens"] if has_experts else [])):
+        table.add_column(name.replace("_", " "), justify="left" if name in ("node", "device") else "right")
+    for rank in ranks:
         table.add_row(
-            *(str(rank[name]) for name in ("rank", "stage", "tp_rank", "pid", "node", "device")),
+            *(str(rank[name]) for name in words),
             *(f"{rank[name] / _MB:.0f} MB" for name in ("memory_bytes", "weights_bytes", "kv_bytes")),
             str(rank["num_steps"]),
+            *([str(rank["expert_tokens"])] if has_experts else []),
         )
-    out.print(table)
+    return table

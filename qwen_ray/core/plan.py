@@ -376,3 +376,4 @@ class ReplicaSpec:
     device: str = "cpu"
     load_format: str = "auto"  # auto | safetensors | gguf | dummy
     num_threads: int = 1  # of one rank
+    eplb_interval: float | None = None  # seconds between two re-balancings of experts; None: never

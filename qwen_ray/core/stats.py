@@ -95,7 +95,10 @@ class ExpertLoad:
 
     @classmethod
     def of(cls, ranks: Sequence[RankStats]) -> ExpertLoad:
-        """Since the ranks started. Of an expert that is cut over several ranks, the first one counts for all."""
+        """Since the ranks started; in order of layers, of those that are there.
+
+        Of an expert that is cut over several ranks, the first one counts for all.
+        """
         own = sorted((r for r in ranks if r.expert_tp_rank == 0), key=lambda r: (r.first_layer, r.ep_rank))
         layers: dict[int, list[tuple[int, ...]]] = {}
         for rank in own:

@@ -25,7 +25,7 @@ BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PROCESS_LABELS: dict[Owner, tuple[str, ...]] = {
     "ingress": ("model_name", "ingress"),
     "replica": ("model_name", "replica"),
-    "rank": ("model_name", "replica", "rank", "stage", "tp_rank"),
+    "rank": ("model_name", "replica", "rank", "stage", "dp_rank", "tp_rank", "ep_rank"),
 }
 
 
@@ -99,6 +99,11 @@ REPLICA: tuple[Metric, ...] = (
     Metric("qwen_ray_step_schedule_seconds", "histogram", "Scheduling of one step.", (), OVERHEAD),
     Metric("qwen_ray_step_transport_seconds", "histogram", "A step's time outside its sampling rank.", (), OVERHEAD),
     Metric("qwen_ray_load_seconds", "gauge", "From start to ready, of the ranks that run now."),
+    Metric("qwen_ray_expert_tokens_total", "counter", "Tokens that an expert has computed.", ("layer", "expert")),
+    Metric(
+        "qwen_ray_expert_imbalance", "gauge", "Tokens of the fullest expert rank over those of the mean one, lately."
+    ),
+    Metric("qwen_ray_expert_rebalances_total", "counter", "Times that experts changed places while serving."),
     Metric("qwen_ray_replica_restarts_total", "counter", "Times that the ranks were started anew after a failure."),
 )
 
@@ -111,6 +116,8 @@ RANK: tuple[Metric, ...] = (
     Metric("qwen_ray_rank_kv_bytes", "gauge", "Of it, KV cache."),
     Metric("qwen_ray_rank_read_bytes", "gauge", "Bytes read from the checkpoint."),
     Metric("qwen_ray_rank_load_seconds", "gauge", "Time to load the shard."),
+    Metric("qwen_ray_rank_expert_tokens_total", "counter", "Tokens that the rank's experts have computed."),
+    Metric("qwen_ray_rank_moved_experts_total", "counter", "Experts that the rank received from others while serving."),
     Metric("qwen_ray_rank_loads_total", "counter", "Times that the shard was loaded."),
 )
 

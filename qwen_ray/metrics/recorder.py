@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from qwen_ray.core.stats import EngineStats, RankStats, RequestTimes, StepStats
+from qwen_ray.core.stats import EngineStats, ExpertLoad, RankStats, RequestTimes, StepStats
 from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Metric, Owner
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -153,6 +153,8 @@ class ReplicaRecorder:
         self.ranks: Sequence[RankStats] = ()
         self.load_seconds = 0.0
         self.num_restarts = 0
+        self.expert_imbalance = 1.0
+        self.num_rebalances = 0
         names = [metric.name for metric in BY_OWNER["replica"] if metric.kind == "histogram"]
         self._instruments = Instruments(self.registry, "replica", names, self._process)
         self.registry.register(Snapshot("replica", lambda: [(self._process, self._engine_values())]))
@@ -197,12 +199,33 @@ class ReplicaRecorder:
             "qwen_ray_steps_total": engine.steps_total,
             "qwen_ray_load_seconds": self.load_seconds,
             "qwen_ray_replica_restarts_total": self.num_restarts,
+            **self._expert_values(),
+        }
+
+    def _expert_values(self) -> Values:
+        load = ExpertLoad.of(self.ranks)
+        if not load.by_expert:
+            return {}
+        first = min(rank.first_layer for rank in self.ranks)  # not 0 when a stage's ranks did not answer
+        layers = enumerate(load.by_expert, start=first)
+        tokens = {(str(i), str(e)): float(n) for i, layer in layers for e, n in enumerate(layer)}
+        return {
+            "qwen_ray_expert_tokens_total": tokens,
+            "qwen_ray_expert_imbalance": self.expert_imbalance,
+            "qwen_ray_expert_rebalances_total": self.num_rebalances,
         }
 
     def _rank_values(self) -> Iterable[tuple[Sequence[str], Values]]:
         for rank in self.ranks:
+            experts = {
+                "qwen_ray_rank_expert_tokens_total": sum(map(sum, rank.expert_tokens)),
+                "qwen_ray_rank_moved_experts_total": rank.num_moved_experts,
+            }
             yield (
-                (*self._process, str(rank.rank), str(rank.stage), str(rank.tp_rank)),
+                (
+                    *self._process,
+                    *map(str, (rank.rank, rank.stage, rank.dp_rank, rank.tp_rank, rank.ep_rank)),
+                ),
                 {
                     "qwen_ray_rank_steps_total": rank.num_steps,
                     "qwen_ray_rank_tokens_total": rank.num_tokens,
@@ -213,5 +236,6 @@ class ReplicaRecorder:
                     "qwen_ray_rank_read_bytes": rank.bytes_read,
                     "qwen_ray_rank_load_seconds": rank.load_seconds,
                     "qwen_ray_rank_loads_total": rank.num_loads,
+                    **(experts if rank.expert_tokens else {}),
                 },
             )

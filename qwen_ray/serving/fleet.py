@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from qwen_ray.cluster.channel import Channel
 from qwen_ray.cluster.directory import Entry
 from qwen_ray.cluster.wire import ChannelClosed
+from qwen_ray.core.stats import ExpertLoad
 from qwen_ray.metrics.exporter import exposition, merge
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.dispatch import Dispatcher
@@ -56,6 +57,14 @@ class Fleet:
         ingresses = [{"id": entry.id, "address": entry.address} for entry in await self._ingresses()]
         return {"ingresses": ingresses, "replicas": sorted(replicas, key=lambda replica: replica["replica"])}
 
+    async def expert_load(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens that each expert has computed, by layer, on all replicas that answer; () for a dense model."""
+        answers = await asyncio.gather(*(self._ask_status(link) for link in self._dispatcher.links))
+        loads = [ExpertLoad.of(answer.ranks).by_expert for answer in answers if answer is not None]
+        num_layers = max(map(len, loads), default=0)  # fewer where a stage did not answer
+        whole = [load for load in loads if len(load) == num_layers]
+        return tuple(tuple(map(sum, zip(*layer, strict=True))) for layer in zip(*whole, strict=True))
+
     async def handle(self, channel: Channel[Any]) -> None:
         """Another ingress, which asks for this one's own metrics. A Listener's handler."""
         async for message in channel:
@@ -79,17 +88,24 @@ class Fleet:
 
     async def _replica_status(self, link: Link) -> dict[str, Any]:
         """What it says now, or what it said last."""
-        ranks: list[dict[str, Any]] = []
-        status = link.status
-        try:
-            answer = await link.ask("status", seconds=ASK_SECONDS)
-            status, ranks = answer.status, [asdict(rank) for rank in answer.ranks]
-        except ChannelClosed as error:
-            logger.warning("no status from %s: %s", link.replica, error)
+        answer = await self._ask_status(link)
+        status = answer.status if answer else link.status
+        # What each expert has computed is much, and asked for elsewhere.
+        ranks = [
+            {**asdict(replace(rank, expert_tokens=())), "expert_tokens": sum(map(sum, rank.expert_tokens))}
+            for rank in (answer.ranks if answer else ())
+        ]
         if status is None:
             return {"replica": link.replica, "state": "unknown", "engine": None, "ranks": ranks}
         engine = {**asdict(status.engine), "kv_usage": status.engine.kv_usage} if status.engine else None
         return {**asdict(status), "engine": engine, "ranks": ranks}
+
+    async def _ask_status(self, link: Link) -> Answer | None:
+        try:
+            return await link.ask("status", seconds=ASK_SECONDS)
+        except ChannelClosed as error:
+            logger.warning("no status from %s: %s", link.replica, error)
+            return None
 
     async def _ingress_metrics(self, entry: Entry) -> str:
         try:

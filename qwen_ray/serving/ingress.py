@@ -59,6 +59,7 @@ class Ingress:
             recorder=recorder,
             metrics=fleet.metrics,
             status=fleet.status,
+            expert_load=fleet.expert_load,
             max_body_bytes=settings.http.max_body_bytes,
         )
         await self._dispatcher.start()

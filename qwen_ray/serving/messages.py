@@ -44,6 +44,10 @@ class ReplicaStatus:
     stage: str = ""  # of loading: starting, reading weights, warming up
     bytes_done: int = 0  # of all ranks' weights
     bytes_total: int = 0  # 0 while unknown
+    dp_attention: int = 1
+    ep: int = 1
+    expert_imbalance: float | None = None  # tokens of the fullest expert rank over the mean, lately; None: no experts
+    num_rebalances: int = 0
 
     @property
     def trouble(self) -> str | None:

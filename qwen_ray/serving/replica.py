@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -24,12 +25,13 @@ from qwen_ray.cluster.group import RankGroup
 from qwen_ray.core.errors import RankFailed
 from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.core.request import GenerateRequest
-from qwen_ray.core.stats import StepStats
-from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.core.stats import RankStats, StepStats
+from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import ReplicaRecorder
 from qwen_ray.serving.autoscaling import autoscaling_stats
+from qwen_ray.serving.expert_balancer import ExpertBalancer
 from qwen_ray.serving.logs import configure_logs
 from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
 from qwen_ray.serving.patience import Patience
@@ -49,9 +51,15 @@ class CurrentRanks:
         self.executor: RayExecutor | None = None
 
     def submit(self, batch: StepBatch) -> asyncio.Future[StepResult]:
+        return self._running().submit(batch)
+
+    def move_experts(self, move: MoveExperts) -> None:
+        self._running().move_experts(move)
+
+    def _running(self) -> RayExecutor:
         if self.executor is None:
             raise RankFailed(-1, "no ranks are running")
-        return self.executor.submit(batch)
+        return self.executor
 
 
 class Replica:
@@ -70,6 +78,7 @@ class Replica:
         self._recorder = ReplicaRecorder(spec.name, self._id)
         self._ranks = CurrentRanks()
         self._group: RankGroup | None = None
+        self._balancer = ExpertBalancer(spec.plan, interval=spec.eplb_interval) if spec.plan.experts else None
         self._sessions = Sessions(
             self._add, lambda request_id: self._engine.abort(request_id), self.status, self._answer
         )
@@ -83,6 +92,8 @@ class Replica:
             await self._close()
             raise
         self._running = asyncio.create_task(self._run())
+        if self._balancer is not None:
+            self._balancing = asyncio.create_task(self._balancer.run(self._rank_stats, self._ranks.move_experts))
 
     async def check_health(self) -> None:
         """Raises when there is no hope: Serve then replaces this replica, and ingresses hand over."""
@@ -113,6 +124,10 @@ class Replica:
             stage=self._stage,
             bytes_done=self._bytes[0],
             bytes_total=self._bytes[1],
+            dp_attention=self._spec.plan.dp_attention,
+            ep=self._spec.plan.ep,
+            expert_imbalance=self._balancer.imbalance if self._balancer else None,
+            num_rebalances=self._balancer.num_rebalances if self._balancer else 0,
         )
 
     async def __del__(self) -> None:
@@ -120,7 +135,7 @@ class Replica:
         await self._close()
 
     async def _close(self) -> None:
-        for name in ("_running", "_pushing"):
+        for name in ("_running", "_pushing", "_balancing"):
             task = getattr(self, name, None)
             if task is not None:
                 task.cancel()
@@ -152,9 +167,10 @@ class Replica:
         started = time.monotonic()
         self._set_state("loading")
         self._stage, self._bytes = "starting", (0, 0)
-        self._group = await RankGroup.start(
-            self._spec, on_progress=self._on_progress, placement_seconds=PLACEMENT_SECONDS
-        )
+        spec = self._spec
+        if self._balancer is not None:
+            spec = replace(spec, plan=replace(spec.plan, experts=self._balancer.placement))
+        self._group = await RankGroup.start(spec, on_progress=self._on_progress, placement_seconds=PLACEMENT_SECONDS)
         self._ranks.executor = RayExecutor(self._group)
         self._recorder.load_seconds = time.monotonic() - started
         self._stage = "ready"
@@ -231,10 +247,17 @@ class Replica:
                 last, age = status, 0.0
 
     async def _answer(self, ask: Ask) -> Answer:
-        group = self._group
-        ranks = tuple(await group.stats()) if group is not None and self._state == "ready" else ()
+        ranks = await self._rank_stats()
         if ask.what == "metrics":
             self._recorder.engine = self._engine.stats()
             self._recorder.ranks = ranks
+            if self._balancer is not None:
+                self._recorder.expert_imbalance = self._balancer.imbalance
+                self._recorder.num_rebalances = self._balancer.num_rebalances
             return Answer(ask_id=ask.ask_id, metrics=exposition(self._recorder.registry))
         return Answer(ask_id=ask.ask_id, status=self.status(), ranks=ranks)
+
+    async def _rank_stats(self) -> tuple[RankStats, ...]:
+        """Of the ranks that answer, by rank; none while they start."""
+        group = self._group
+        return tuple(await group.stats()) if group is not None and self._state == "ready" else ()

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from qwen_ray.core.errors import UnknownModel
 from qwen_ray.metrics.exporter import CONTENT_TYPE
 from qwen_ray.metrics.recorder import IngressRecorder
+from qwen_ray.planner.experts import ExpertLoadFile
 from qwen_ray.serving import chat, completions, errors, schema
 from qwen_ray.serving.answer import token_text
 from qwen_ray.serving.dispatch import Dispatcher
@@ -31,6 +32,7 @@ class Service:
     recorder: IngressRecorder
     metrics: Callable[[], Awaitable[str]]
     status: Callable[[], Awaitable[dict[str, Any]]]
+    expert_load: Callable[[], Awaitable[tuple[tuple[int, ...], ...]]]
     max_body_bytes: int
 
     def check_model(self, name: str | None) -> None:
@@ -157,3 +159,12 @@ async def status(request: Request) -> dict[str, Any]:
     """Replicas, ranks and engines, for people and scripts."""
     service = _service(request)
     return {"version": VERSION, "model": service.card().model_dump(), **await service.status()}
+
+
+@router.get("/expert_load")
+async def expert_load(request: Request) -> dict[str, Any]:
+    """How often each expert was asked for, by layer: what `qwen-ray plan --expert-load` reads."""
+    service = _service(request)
+    tokens = await service.expert_load()
+    num_experts = max(map(len, tokens), default=0)
+    return ExpertLoadFile(model=service.card().id, num_experts=num_experts, expert_tokens=tokens).to_json()

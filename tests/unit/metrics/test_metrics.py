@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -13,7 +14,19 @@ from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
 
 
 def rank(number: int) -> RankStats:
-    return RankStats(rank=number, stage=0, tp_rank=number, pid=1, node="n", device="cpu", num_steps=7)
+    return RankStats(
+        rank=number,
+        stage=0,
+        tp_rank=number,
+        pid=1,
+        node="n",
+        device="cpu",
+        num_steps=7,
+        ep_rank=number,
+        first_layer=3,
+        expert_tokens=((1 + number, 4), ()),
+        num_moved_experts=2,
+    )
 
 
 def replica(name: str) -> ReplicaRecorder:
@@ -57,6 +70,19 @@ def test_numbers_of_an_engine_and_its_ranks() -> None:
     assert list(values(text, "vllm:num_requests_running").values()) == [3]
     assert list(values(text, "vllm:kv_cache_usage_perc").values()) == [0.5]
     assert len(values(text, "qwen_ray_rank_steps_total")) == 2
+
+
+def test_experts_by_layer() -> None:
+    found = values(exposition(replica("a").registry), "qwen_ray_expert_tokens_total")
+    by_expert = {(dict(labels)["layer"], dict(labels)["expert"]): count for labels, count in found.items()}
+    assert by_expert == {("3", "0"): 3, ("3", "1"): 8}
+
+
+def test_a_dense_model_says_nothing_of_experts() -> None:
+    recorder = replica("a")
+    recorder.ranks = [replace(rank(0), expert_tokens=())]
+    assert "expert_imbalance" not in exposition(recorder.registry)
+    assert 'qwen_ray_rank_expert_tokens_total{dp_rank="0"' not in exposition(recorder.registry)
 
 
 def test_steps_and_times_of_a_replica() -> None:

@@ -218,6 +218,7 @@ class Server:
             recorder=self.recorder,
             metrics=fleet.metrics,
             status=fleet.status,
+            expert_load=fleet.expert_load,
             max_body_bytes=200_000,
         )
         config = uvicorn.Config(create_app(self.service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
