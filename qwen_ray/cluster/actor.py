@@ -26,7 +26,7 @@ from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Progress, 
 from qwen_ray.cluster.wire import ChannelClosed
 from qwen_ray.core.plan import Rendezvous, ReplicaSpec
 from qwen_ray.core.stats import RankStats
-from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Worker(Protocol):
     def load(self, on_progress: Callable[[int, int], None]) -> None: ...
     def allocate(self) -> None: ...
     def execute(self, batch: StepBatch) -> StepResult | None: ...
+    def move_experts(self, move: MoveExperts) -> None: ...
     def stats(self) -> RankStats: ...
     def close(self) -> None: ...
 
@@ -92,11 +93,15 @@ class RankActor:
         """Answers while the rank loads or executes."""
         if self._worker is not None:
             return self._worker.stats()
-        stage, tp_rank = divmod(self._rank, self._spec.plan.tp)
+        shard = self._spec.plan.shard(self._spec.config, self._rank)
         return RankStats(
-            rank=self._rank,
-            stage=stage,
-            tp_rank=tp_rank,
+            rank=shard.rank,
+            stage=shard.stage,
+            tp_rank=shard.tp_rank,
+            dp_rank=shard.dp_rank,
+            ep_rank=shard.ep_rank,
+            expert_tp_rank=shard.expert_tp_rank,
+            first_layer=shard.layers.start,
             pid=os.getpid(),
             node=ray.util.get_node_ip_address(),
             device=self._spec.device,
@@ -147,17 +152,23 @@ class RankActor:
             logger.info("rank %d: closing failed: %s", self._rank, error)
 
     def _execute_all(self, worker: Worker, channel: BlockingChannel[RankMessage]) -> None:
-        """Until Stop. After a step that raised, later ones are read and dropped: the rank stays for inspection."""
+        """Until Stop. After one that raised, later messages are read and dropped: the rank stays for inspection."""
         has_failed = False
-        while isinstance(batch := channel.receive(), StepBatch):
+        while isinstance(message := channel.receive(), StepBatch | MoveExperts):
             if has_failed:
                 continue
             try:
-                result = worker.execute(batch)
+                result = worker.execute(message) if isinstance(message, StepBatch) else worker.move_experts(message)
             except Exception as error:
-                logger.exception("rank %d failed in step %d", self._rank, batch.step_id)
+                logger.exception("rank %d failed in %s", self._rank, describe(message))
                 has_failed = True
                 channel.send(Failed(reason=f"{type(error).__name__}: {error}"))
                 continue
             if result is not None:
                 channel.send(result)
+
+
+def describe(message: StepBatch | MoveExperts) -> str:
+    if isinstance(message, StepBatch):
+        return f"step {message.step_id}"
+    return f"moving experts of layer {message.layer}"

@@ -1,4 +1,4 @@
-"""Steps to a group of ranks: one frame to each, one result back.
+"""Steps to a group of ranks: one frame to each, one result back from each dp rank.
 
 Satisfies `engine.executor.Executor`. Knows which steps are in flight, and nothing of what is in them.
 """
@@ -6,11 +6,20 @@ Satisfies `engine.executor.Executor`. Knows which steps are in flight, and nothi
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 from qwen_ray.cluster.group import RankGroup
 from qwen_ray.cluster.rank_messages import RANK_CODEC
 from qwen_ray.core.errors import RankFailed
-from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step in flight, and what dp ranks have answered so far."""
+
+    result: asyncio.Future[StepResult]
+    parts: list[StepResult] = field(default_factory=list[StepResult])
 
 
 class RayExecutor:
@@ -18,28 +27,41 @@ class RayExecutor:
 
     def __init__(self, group: RankGroup) -> None:
         self._group = group
-        self._in_flight: dict[int, asyncio.Future[StepResult]] = {}
+        self._num_dp_ranks = group.spec.plan.dp_attention
+        self._in_flight: dict[int, _Step] = {}
         group.on_result = self._resolve
         group.on_failure = self._fail
 
     def submit(self, batch: StepBatch) -> asyncio.Future[StepResult]:
-        """Sends the batch, encoded once, before it returns."""
+        """Sends the batch, encoded once for each dp rank, before it returns."""
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        self._in_flight[batch.step_id] = future
+        self._in_flight[batch.step_id] = _Step(future)
+        parts = [batch] if self._num_dp_ranks == 1 else [batch.part(i) for i in range(self._num_dp_ranks)]
         try:
-            self._group.broadcast(RANK_CODEC.encode(batch))
+            self._group.send([RANK_CODEC.encode(part) for part in parts])
         except RankFailed as failure:
             self._fail(failure)
         return future
 
-    def _resolve(self, result: StepResult) -> None:
-        future = self._in_flight.pop(result.step_id, None)
-        if future is not None and not future.done():
-            future.set_result(result)
+    def move_experts(self, move: MoveExperts) -> None:
+        """All ranks do it between the last step submitted and the next. Raises RankFailed where a step would; what
+        fails while they move, the steps hear."""
+        self._group.send([RANK_CODEC.encode(move)] * self._num_dp_ranks)
+
+    def _resolve(self, part: StepResult) -> None:
+        step = self._in_flight.get(part.step_id)
+        if step is None:
+            return
+        step.parts.append(part)
+        if len(step.parts) < self._num_dp_ranks:
+            return
+        del self._in_flight[part.step_id]
+        if not step.result.done():
+            step.result.set_result(part if self._num_dp_ranks == 1 else StepResult.joined(step.parts))
 
     def _fail(self, failure: RankFailed) -> None:
-        futures, self._in_flight = self._in_flight, {}
-        for future in futures.values():
-            if not future.done():
-                future.set_exception(RankFailed(failure.rank, failure.reason))
-                future.exception()  # an engine that stops may leave some unawaited
+        steps, self._in_flight = self._in_flight, {}
+        for step in steps.values():
+            if not step.result.done():
+                step.result.set_exception(RankFailed(failure.rank, failure.reason))
+                step.result.exception()  # an engine that stops may leave some unawaited

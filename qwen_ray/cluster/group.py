@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -41,8 +41,9 @@ BLAME_SECONDS = 0.1
 class _Rank:
     """One rank as its group sees it."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, dp_rank: int) -> None:
         self.actor = actor
+        self.dp_rank = dp_rank
         self.channel: Channel[RankMessage] | None = None
         self.progress: Progress | None = None
         self.connected = asyncio.Event()
@@ -98,13 +99,13 @@ class RankGroup:
             raise
         return group
 
-    def broadcast(self, frame: bytes) -> None:
-        """One encoded message to every rank, without waiting. Raises RankFailed."""
+    def send(self, frames: Sequence[bytes]) -> None:
+        """An encoded message for each dp rank, to all of its ranks, without waiting. Raises RankFailed."""
         if self.failure is not None:
             raise self.failure
         for number, rank in self._ranks.items():
             try:
-                rank.open_channel.write(frame)
+                rank.open_channel.write(frames[rank.dp_rank])
             except ChannelClosed as error:
                 self._fail(number, str(error))
                 raise RankFailed(number, str(error)) from error
@@ -140,7 +141,8 @@ class RankGroup:
         self._placement = await place(self.spec, seconds=placement_seconds)
         self._listener = await listen(ray.util.get_node_ip_address(), self._secret, self._follow, RANK_CODEC)
         for number in range(self.spec.plan.world_size):
-            self._ranks[number] = _Rank(self._create_actor(number, self._placement))
+            dp_rank = self.spec.plan.shard(self.spec.config, number).dp_rank
+            self._ranks[number] = _Rank(self._create_actor(number, self._placement), dp_rank)
         meeting_points = await self._call_all("connect", self._listener.address, self._secret)
         await asyncio.gather(*(rank.connected.wait() for rank in self._ranks.values()))
         self._num_meetings += 1

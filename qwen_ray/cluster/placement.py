@@ -1,6 +1,6 @@
 """Where the ranks of one replica go: one placement group, one bundle per pipeline stage.
 
-A bundle lies on one node, so tensor parallel stays inside a node and pipeline stages may spread. Knows Ray's
+A bundle lies on one node, so tensor and expert parallel stay inside a node and pipeline stages may spread. Knows Ray's
 resources, not memory or threads: those are the planner's arithmetic, and Ray's own counting would only repeat it worse.
 """
 
@@ -32,7 +32,7 @@ def rank_resources(spec: ReplicaSpec) -> dict[str, float]:
 
 async def place(spec: ReplicaSpec, *, seconds: float) -> PlacementGroup:
     """A placement group with room for every rank. Raises PlanRefused after `seconds`, naming what is missing."""
-    bundle = {name: amount * spec.plan.tp for name, amount in rank_resources(spec).items()}
+    bundle = {name: amount * spec.plan.stage_size for name, amount in rank_resources(spec).items()}
     bundles = [dict(bundle) for _ in range(spec.plan.pp)]
     group = placement_group(bundles, strategy="PACK", name=f"qwen-ray:{spec.name}")
     try:
@@ -62,7 +62,7 @@ def actor_options(spec: ReplicaSpec, group: PlacementGroup, rank: int, *, name: 
         "max_restarts": 0,
         "max_task_retries": 0,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=rank // spec.plan.tp
+            placement_group=group, placement_group_bundle_index=rank // spec.plan.stage_size
         ),
         "runtime_env": {"env_vars": environment(spec)},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_ray.cluster.wire import Codec
-from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,6 @@ class Released:
     """A rank's answer to Stop: it holds nothing any more and may be killed."""
 
 
-RankMessage = StepBatch | StepResult | Hello | Progress | Failed | Stop | Released
+RankMessage = StepBatch | MoveExperts | StepResult | Hello | Progress | Failed | Stop | Released
 
-RANK_CODEC: Codec[RankMessage] = Codec(StepBatch, StepResult, Hello, Progress, Failed, Stop, Released)
+RANK_CODEC: Codec[RankMessage] = Codec(StepBatch, MoveExperts, StepResult, Hello, Progress, Failed, Stop, Released)

@@ -16,10 +16,10 @@ from qwen_ray.cluster.channel import Channel, listen
 from qwen_ray.cluster.placement import environment, rank_resources
 from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Progress, RankMessage, Released, Stop
 from qwen_ray.core.errors import CheckpointError
-from qwen_ray.core.model_config import ModelConfig, RopeConfig
+from qwen_ray.core.model_config import ModelConfig, MoeConfig, RopeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, Rendezvous, ReplicaSpec
 from qwen_ray.core.stats import RankStats
-from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
 
 SECRET = b"s" * 32
 MEETING = Rendezvous(address="127.0.0.1:1", name="m")
@@ -51,13 +51,14 @@ SPEC = ReplicaSpec(
 
 
 class Stub:
-    """Answers even steps, not odd ones; step 13 raises."""
+    """Answers even steps, not odd ones; step 13 and moving layer 13 raise. Counts steps and moves."""
 
     closed: ClassVar[list[str]] = []  # paths of those that were closed
 
     def __init__(self, spec: ReplicaSpec, rank: int, rendezvous: Rendezvous) -> None:
         self._path = spec.path
         self._num_steps = 0
+        self._moved: list[tuple[int, int]] = []  # (steps before it, layer)
 
     def join(self) -> None: ...
 
@@ -75,8 +76,22 @@ class Stub:
         self._num_steps += 1
         return None if batch.step_id % 2 else StepResult(step_id=batch.step_id)
 
+    def move_experts(self, move: MoveExperts) -> None:
+        if move.layer == 13:
+            raise ValueError("not there")
+        self._moved.append((self._num_steps, move.layer))
+
     def stats(self) -> RankStats:
-        return RankStats(rank=1, stage=0, tp_rank=1, pid=1, node="", device="cpu", num_steps=self._num_steps)
+        return RankStats(
+            rank=1,
+            stage=0,
+            tp_rank=1,
+            pid=1,
+            node="",
+            device="cpu",
+            num_steps=self._num_steps,
+            expert_tokens=tuple(self._moved),
+        )
 
     def close(self) -> None:
         self.closed.append(self._path)
@@ -173,6 +188,38 @@ async def test_step_that_raises_is_reported_once_and_the_rank_lives_on(make_rank
     assert rank.stats().num_steps == 1
     channel.send(Stop())
     assert await anext(channel) == Released()
+
+
+async def test_experts_move_between_the_steps_that_they_were_sent_between(
+    make_rank: MakeRank, address: Address
+) -> None:
+    rank, channel = await start(make_rank, address)
+    messages = (
+        StepBatch(step_id=2, chunks=()),
+        MoveExperts(layer=5, slots=((0,), (1,))),
+        StepBatch(step_id=4, chunks=()),
+    )
+    for message in messages:
+        channel.send(message)
+    assert [await anext(channel) for _ in range(2)] == [StepResult(step_id=2), StepResult(step_id=4)]
+    assert rank.stats().expert_tokens == ((1, 5),)
+    channel.send(MoveExperts(layer=13, slots=()))
+    channel.send(StepBatch(step_id=6, chunks=()))
+    assert await anext(channel) == Failed(reason="ValueError: not there")
+    channel.send(Stop())
+    assert await anext(channel) == Released()
+    assert rank.stats().num_steps == 2
+
+
+async def test_before_it_has_a_worker_a_rank_knows_its_place(make_rank: MakeRank, address: Address) -> None:
+    moe = MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True)
+    config = replace(CONFIG, num_hidden_layers=2, moe=moe)
+    spec = replace(SPEC, config=config, plan=ParallelPlan.of(config, tp=2, pp=2, ep=2, dp_attention=2))
+    rank = make_rank(spec, 7)
+    await asyncio.to_thread(rank.connect, address[0], SECRET)
+    stats = rank.stats()
+    assert (stats.rank, stats.stage, stats.dp_rank, stats.tp_rank) == (7, 1, 1, 1)
+    assert (stats.ep_rank, stats.expert_tp_rank, stats.first_layer) == (1, 1, 1)
 
 
 async def test_end_of_the_replica_ends_the_rank(make_rank: MakeRank, address: Address) -> None:
