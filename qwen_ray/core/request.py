@@ -21,11 +21,26 @@ MAX_LOGIT_BIAS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """How one sequence's thinking looks in token ids: a block from `start_id` to `end_id`, one or several of them.
+
+    `ending` ends a block whose budget is spent; `end_id` is in it. `starts_open`: the prompt ends inside a block.
+    """
+
+    start_id: int
+    end_id: int
+    ending: tuple[int, ...]
+    starts_open: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen; names and meanings are those of OpenAI and vLLM.
 
-    `n` and `stop` belong to the text side: an engine sees one sequence and ids only. Raises InvalidRequest, naming
-    the field, for a value out of range.
+    `n` and `stop` belong to the text side: an engine sees one sequence and ids only. `thinking_budget` is Qwen's: so
+    many tokens may be thought, in all blocks together, before a block is ended by force. It holds once the text side,
+    which knows the model's tokens, has filled in `thinking`. Raises InvalidRequest, naming the field, for a value out
+    of range.
     """
 
     n: int = 1
@@ -47,6 +62,8 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives beside the chosen token; 0: the chosen one only
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    thinking_budget: int | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         in_range = [
@@ -63,6 +80,7 @@ class SamplingParams:
             ("min_tokens", self.min_tokens, 0, 2**31 - 1),
             ("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS),
             ("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS),
+            ("thinking_budget", self.thinking_budget, 0, 2**31 - 1),
         ]
         for name, value, low, high in in_range:
             if value is not None and not low <= value <= high:  # NaN is in no range

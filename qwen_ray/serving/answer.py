@@ -34,7 +34,7 @@ def usage(generation: Generation) -> Usage:
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=generation.num_cached_tokens, audio_tokens=0),
-        completion_tokens_details=CompletionTokensDetails(),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=generation.num_reasoning_tokens),
     )
 
 

@@ -1,16 +1,16 @@
-"""/v1/chat/completions: a conversation to a prompt, pieces to messages and chunks."""
+"""/v1/chat/completions: a conversation to a prompt, pieces to messages and chunks; thinking apart from the answer."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
 
 from qwen_ray.core.errors import InvalidRequest
-from qwen_ray.core.request import SamplingParams, TokenLogprobs
+from qwen_ray.core.request import SamplingParams, Thinking, TokenLogprobs
 from qwen_ray.serving import schema
 from qwen_ray.serving.answer import prompt_logprobs, stream_response, token_logprobs, usage
 from qwen_ray.serving.generation import Generation, Generator, new_id
@@ -26,10 +26,19 @@ async def create(
     prompt = await generator.encode_chat(
         [message.to_template() for message in body.messages],
         add_generation_prompt=body.add_generation_prompt,
-        variables=body.chat_template_kwargs,
+        variables=body.template_variables,
     )
+    _check_thinking(body.enable_thinking, generator.tokenizer.thinking_after(prompt))
     chat = _Chat(body=body, generator=generator, id=new_id("chatcmpl"), created=int(arrival))
-    generation = generator.start(chat.id, [prompt], sampling, param="messages", arrival=arrival, priority=body.priority)
+    generation = generator.start(
+        chat.id,
+        [prompt],
+        sampling,
+        param="messages",
+        arrival=arrival,
+        priority=body.priority,
+        splits_thinking=True,
+    )
     if body.stream:
         return await stream_response(request, chat.events(generation))
     return await unless_gone(request, chat.whole(generation))
@@ -39,16 +48,27 @@ def _sampling(body: schema.ChatRequest) -> SamplingParams:
     """Names of fields in errors are those that the client wrote."""
     is_new_name = body.max_completion_tokens is not None
     try:
-        return body.sampling(
+        sampling = body.sampling(
             max_tokens=body.max_completion_tokens if is_new_name else body.max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
+        return replace(sampling, thinking_budget=body.thinking_budget)
     except InvalidRequest as error:
         names = {"logprobs": "top_logprobs"} | ({"max_tokens": "max_completion_tokens"} if is_new_name else {})
         if error.param not in names:
             raise
         name = names[error.param]
         raise InvalidRequest(error.message.replace(error.param, name, 1), param=name, code=error.code) from error
+
+
+def _check_thinking(wish: bool | None, thinking: Thinking | None) -> None:
+    """Raises InvalidRequest where the model cannot do as `enable_thinking` says."""
+    if wish is True and thinking is None:
+        message = "enable_thinking is true, but this model does not think. Leave it out, or ask a model that does."
+        raise InvalidRequest(message, param="enable_thinking")
+    if wish is False and thinking is not None and thinking.starts_open:
+        message = "enable_thinking is false, but this model always thinks. Leave it out, or set a thinking_budget."
+        raise InvalidRequest(message, param="enable_thinking")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +80,7 @@ class _Chat:
 
     async def whole(self, generation: Generation) -> schema.ChatCompletion:
         texts = [""] * len(generation.choices)
+        reasoning = [""] * len(texts)
         logprobs: list[list[schema.TokenLogprob]] = [[] for _ in texts]
         last: list[Piece | None] = [None] * len(texts)
         of_prompt: tuple[TokenLogprobs, ...] = ()
@@ -67,13 +88,16 @@ class _Chat:
             async for pieces in steps:
                 for piece in pieces:
                     texts[piece.index] += piece.text
+                    reasoning[piece.index] += self._reasoning(piece)
                     logprobs[piece.index] += self._logprobs(piece)
                     of_prompt = of_prompt or piece.prompt_logprobs
                     last[piece.index] = piece
         choices = [
             schema.ChatChoice(
                 index=piece.index,
-                message=schema.AnswerMessage(content=texts[piece.index]),
+                message=schema.AnswerMessage(
+                    content=texts[piece.index], reasoning_content=reasoning[piece.index] or None
+                ),
                 logprobs=schema.ChatLogprobs(content=logprobs[piece.index]) if self.body.logprobs else None,
                 finish_reason=piece.finish_reason or "stop",
                 stop_reason=piece.stop_reason,
@@ -102,14 +126,26 @@ class _Chat:
                         opened.add(piece.index)
                         delta = {"role": "assistant", "content": "", "refusal": None}
                         data += self._chunk(piece.index, delta, first=piece)
-                    if piece.text or piece.logprobs:
-                        data += self._chunk(piece.index, {"content": piece.text}, logprobs=self._logprobs(piece))
+                    data += self._gains(piece)
                     if piece.finish_reason is not None:
                         data += self._chunk(piece.index, {}, last=piece)
                 if data:
                     yield data
         if self.body.includes_usage:
             yield event({**self._head(), "choices": [], "usage": usage(generation).model_dump()})
+
+    def _gains(self, piece: Piece) -> bytes:
+        """A chunk for each kind of text; the log-probabilities of all come with the first."""
+        data = b""
+        logprobs = self._logprobs(piece)
+        for kind, text in (("reasoning_content", self._reasoning(piece)), ("content", piece.text)):
+            if text or (logprobs and kind == "content"):
+                data += self._chunk(piece.index, {kind: text}, logprobs=logprobs)
+                logprobs = []
+        return data
+
+    def _reasoning(self, piece: Piece) -> str:
+        return piece.reasoning if self.body.include_reasoning else ""
 
     def _head(self) -> dict[str, Any]:
         return {

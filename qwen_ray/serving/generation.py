@@ -69,6 +69,10 @@ class Generation:
         return sum(choice.num_tokens for choice in self.choices)
 
     @property
+    def num_reasoning_tokens(self) -> int:
+        return sum(choice.num_reasoning_tokens for choice in self.choices)
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Each prompt counted once."""
         return sum(len(choice.request.prompt_token_ids) for choice in self._firsts)
@@ -186,7 +190,8 @@ class Generator:
             text = self.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-        return await _off_loop(encode, sum(len(message["content"]) for message in messages))
+        texts = [text for message in messages for key in ("content", "reasoning_content") if (text := message.get(key))]
+        return await _off_loop(encode, sum(map(len, texts)))
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return await _off_loop(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
@@ -200,6 +205,7 @@ class Generator:
         param: str,
         arrival: float,
         priority: int = 0,
+        splits_thinking: bool = False,
     ) -> Generation:
         """`param` is the field that prompts came in. Raises InvalidRequest, ContextLengthExceeded."""
         self.check_ids("logit_bias", sampling.logit_bias)
@@ -213,14 +219,14 @@ class Generator:
             request = GenerateRequest(
                 request_id=f"{request_id}-{number}",
                 prompt_token_ids=tuple(prompt),
-                sampling=alone,
+                sampling=self.tokenizer.with_thinking(alone, prompt),
                 seed=seed,
                 stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *ends))),
                 priority=priority,
                 arrival=time.time(),  # at the replicas: what was spent on text before is not time in their queue
             )
             choices += [
-                Choice(len(choices) + i, single, sampling.stop, self.tokenizer)
+                Choice(len(choices) + i, single, sampling.stop, self.tokenizer, splits_thinking=splits_thinking)
                 for i, single in enumerate(request.choices())
             ]
         return Generation(choices, sampling.n, arrival, self._dispatcher, self._recorder, self._log)
@@ -232,7 +238,7 @@ class Generator:
         if choice.num_tokens == len(piece.token_ids):
             prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
             logger.info("%s asks %r with %s", request.request_id, prompt, request.sampling)
-        logger.info("%s gets %r %s", request.request_id, piece.text, piece.finish_reason or "")
+        logger.info("%s gets %r %s", request.request_id, piece.reasoning + piece.text, piece.finish_reason or "")
 
     def _room(self, prompt: Sequence[int], max_tokens: int | None, param: str) -> int:
         """How many tokens may follow `prompt`."""

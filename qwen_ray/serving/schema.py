@@ -194,6 +194,9 @@ class ChatRequest(SamplingFields, Conversation):
     }
 
     max_completion_tokens: Count | None = None
+    enable_thinking: Flag | None = None
+    thinking_budget: Count | None = None
+    include_reasoning: Flag = True
     logprobs: Flag = False
     top_logprobs: Count | None = None
     safety_identifier: str | None = None
@@ -204,6 +207,17 @@ class ChatRequest(SamplingFields, Conversation):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
         return self
+
+    @model_validator(mode="after")
+    def _thinks_or_not(self) -> Self:
+        if self.enable_thinking not in (None, self.chat_template_kwargs.get("enable_thinking", self.enable_thinking)):
+            raise ValueError("enable_thinking contradicts chat_template_kwargs.enable_thinking")
+        return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        given = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**self.chat_template_kwargs, **given}
 
 
 def _not_empty(value: Any) -> Any:
@@ -301,6 +315,7 @@ PromptLogprobs = list[dict[str, dict[str, Any]] | None]
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning_content: str | None = None
     refusal: None = None
     annotations: list[Any] = []
 

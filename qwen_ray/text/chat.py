@@ -26,6 +26,7 @@ class ChatTemplate:
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
+        self._texts = tuple(templates.values())
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, jinja2.Template] = {}
         for name, text in templates.items():
@@ -59,6 +60,10 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
+
+    def speaks_of(self, text: str) -> bool:
+        """Whether a template has `text` in it."""
+        return any(text in template for template in self._texts)
 
     def _pick(self, tools: Sequence[Mapping[str, Any]] | None) -> jinja2.Template:
         template = (self._templates.get("tool_use") if tools else None) or self._templates.get("default")

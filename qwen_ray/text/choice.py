@@ -1,4 +1,4 @@
-"""One sequence's tokens on their way to text: detokenizer, stop strings, and what a client wants to know of each token.
+"""One sequence's tokens on their way to text: detokenizer, stop strings, markup, and what a client wants to know.
 
 Knows one choice of one answer; nothing of JSON or of other choices.
 """
@@ -9,17 +9,22 @@ from dataclasses import dataclass
 
 from qwen_ray.core.request import GenerateRequest, TokenDelta, TokenLogprobs
 from qwen_ray.text.detokenizer import IncrementalDetokenizer
+from qwen_ray.text.qwen_markup import Marked, QwenMarkup
 from qwen_ray.text.stop import StopMatcher
 from qwen_ray.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What a choice gains. `text` may be empty; `stop_reason` is the stop string or token id that ended it."""
+    """What a choice gains. `text` may be empty; `stop_reason` is the stop string or token id that ended it.
+
+    `reasoning` is what the model thinks, where that is told apart; in a piece with both it comes first.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    reasoning: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
@@ -27,13 +32,25 @@ class Piece:
 
 
 class Choice:
-    """`push` every delta of the sequence, in order; nothing is to be pushed after a piece with a finish reason."""
+    """`push` every delta of the sequence, in order; nothing is to be pushed after a piece with a finish reason.
 
-    def __init__(self, index: int, request: GenerateRequest, stops: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    `splits_thinking`: what the model thinks, if it does, is no part of the text. Without, the text is all that it says.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        stops: tuple[str, ...],
+        tokenizer: Tokenizer,
+        *,
+        splits_thinking: bool = False,
+    ) -> None:
         sampling = request.sampling
         self.index = index
         self.request = request
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0  # the tags' own included
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self._keeps_stop = sampling.include_stop_str_in_output
@@ -44,6 +61,9 @@ class Choice:
         )
         self._matcher = StopMatcher(stops, include=self._keeps_stop)
         self._min_tokens = sampling.min_tokens
+        self._thinking = sampling.thinking if splits_thinking else None
+        self._is_thinking = self._thinking is not None and self._thinking.starts_open
+        self._markup = None if self._thinking is None else QwenMarkup(starts_open=self._is_thinking)
 
     def push(self, delta: TokenDelta) -> Piece:
         text = ""
@@ -51,6 +71,7 @@ class Choice:
         last = len(delta.token_ids) - 1
         for i, token_id in enumerate(delta.token_ids):
             count += 1
+            self._count_reasoning(token_id)
             is_stop_token = i == last and delta.stop_token_id is not None
             if not is_stop_token or self._keeps_stop:
                 text += self._add(token_id)
@@ -66,9 +87,11 @@ class Choice:
             text += self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
             if delta.stop_token_id in self.request.sampling.stop_token_ids:
                 stop_reason = delta.stop_token_id
+        marked = self._mark(text)
         return Piece(
             index=self.index,
-            text=text,
+            text=marked.content,
+            reasoning=marked.reasoning,
             token_ids=delta.token_ids[:count],
             logprobs=delta.logprobs[:count],
             prompt_logprobs=delta.prompt_logprobs,
@@ -81,3 +104,19 @@ class Choice:
         # Until min_tokens are out, no stop string may end it (as in vLLM, none that began before counts).
         self._min_tokens -= 1
         return text if self._min_tokens >= 0 else self._matcher.push(text)
+
+    def _mark(self, text: str) -> Marked:
+        if self._markup is None:
+            return Marked(content=text)
+        marked = self._markup.push(text)
+        if self.finish_reason is None:
+            return marked
+        rest = self._markup.finish()
+        return Marked(content=marked.content + rest.content, reasoning=marked.reasoning + rest.reasoning)
+
+    def _count_reasoning(self, token_id: int) -> None:
+        thinking = self._thinking
+        if thinking is not None:
+            is_inside = self._is_thinking or token_id == thinking.start_id
+            self.num_reasoning_tokens += is_inside
+            self._is_thinking = is_inside and token_id != thinking.end_id

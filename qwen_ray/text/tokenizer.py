@@ -1,26 +1,37 @@
 """Strings ↔ token ids for one model, from a directory or a GGUF file.
 
-Knows ids, their bytes, which of them are special or end a text, and the chat template. Stateless once loaded: every
-method may be called from several threads at once. Streams are detokenizer.py's business.
+Knows ids, their bytes, which of them are special, end a text or mark thinking, and the chat template. Stateless once
+loaded: every method may be called from several threads at once. Streams are detokenizer.py's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from qwen_ray.core.errors import CheckpointError
+from qwen_ray.core.errors import CheckpointError, InvalidRequest
+from qwen_ray.core.request import SamplingParams, Thinking
 from qwen_ray.text.byte_vocabulary import byte_vocabulary
 from qwen_ray.text.chat import ChatTemplate
 from qwen_ray.text.directory_tokenizer import read_directory_vocabulary
 from qwen_ray.text.gguf_tokenizer import read_gguf_vocabulary
+from qwen_ray.text.qwen_markup import THINK_END, THINK_START
 from qwen_ray.text.vocabulary import Vocabulary
+
+# Qwen's own words for a block whose budget is spent (Qwen3 Technical Report, section 4.3, and its documentation).
+OUT_OF_BUDGET = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+    f"{THINK_END}\n\n"
+)
 
 
 class Tokenizer:
+    """`thinking` is None for a model that does not think: its chat template or its vocabulary has no `</think>`."""
+
     def __init__(self, vocabulary: Vocabulary) -> None:
         backend = vocabulary.backend
         self._backend = backend
@@ -29,7 +40,11 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}  # filled as ids turn up
         self.eos_token_ids = vocabulary.eos_token_ids
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self.special_token_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self.thinking = self._find_thinking()
+        # Some checkpoints call these special; they are needed in the text.
+        tags = (self.thinking.start_id, self.thinking.end_id) if self.thinking else ()
+        self.special_token_ids = special.difference(tags)
 
     @classmethod
     def load(cls, path: Path, load_format: str = "auto") -> Tokenizer:
@@ -84,6 +99,30 @@ class Tokenizer:
         Raises InvalidRequest: no template, a part that is not text, or the template refuses.
         """
         return self._chat.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+
+    def thinking_after(self, prompt_token_ids: Sequence[int]) -> Thinking | None:
+        """`thinking` of an answer to this prompt: open if the prompt ends with `<think>` and white space."""
+        if self.thinking is None:
+            return None
+        last = next((i for i in reversed(prompt_token_ids) if self.token_bytes(i).strip()), None)
+        return replace(self.thinking, starts_open=last == self.thinking.start_id)
+
+    def with_thinking(self, sampling: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
+        """`sampling` in this model's tokens. Raises InvalidRequest: a thinking budget, and the model does not think."""
+        if self.thinking is None and sampling.thinking_budget is not None:
+            raise InvalidRequest(
+                f"thinking_budget is {sampling.thinking_budget}, but this model does not think: its chat template "
+                f"or its vocabulary has no {THINK_END}. Leave it out.",
+                param="thinking_budget",
+            )
+        return replace(sampling, thinking=self.thinking_after(prompt_token_ids))
+
+    def _find_thinking(self) -> Thinking | None:
+        start_id, end_id = (self._backend.token_to_id(tag) for tag in (THINK_START, THINK_END))
+        if start_id is None or end_id is None or not self._chat.speaks_of(THINK_END):
+            return None
+        ending = tuple(self.encode(OUT_OF_BUDGET, add_special_tokens=False))
+        return Thinking(start_id=start_id, end_id=end_id, ending=ending)
 
 
 def _bytes_rule(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:

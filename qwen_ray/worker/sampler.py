@@ -3,8 +3,8 @@
 A token depends on (request seed, position, logits) and the request's own tokens, never on batch neighbours or on what
 was drawn before: a resumed sequence goes on with the same tokens. Knows no models, blocks or ranks.
 
-Order, as in vLLM: logit_bias, penalties, min_tokens; then temperature, top_k, top_p, min_p. Log-probabilities are of
-the model's own distribution, before all of these.
+Order, as in vLLM: logit_bias, penalties, min_tokens; then temperature, top_k, top_p, min_p. Where a thinking budget is
+spent, its ending is said whatever these come to. Log-probabilities are of the model's own distribution, before all.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ def sample(logits: torch.Tensor, states: Sequence[SequenceState]) -> list[Sample
     raw = logits[wanted] if wanted else None
     adjust(logits, states)
     token_ids: list[int] = logits.argmax(-1).tolist()
-    drawn = [i for i, state in enumerate(states) if not state.sampling.is_greedy and is_finite[i]]
+    forced = {i: token for i, state in enumerate(states) if (token := state.forced_token) is not None}
+    drawn = [i for i, state in enumerate(states) if not state.sampling.is_greedy and is_finite[i] and i not in forced]
     if drawn:
         rows = logits if len(drawn) == len(states) else logits[drawn]
         for i, token_id in zip(drawn, draw(rows, [states[i] for i in drawn]), strict=True):
             token_ids[i] = token_id
+    for i, token_id in forced.items():
+        token_ids[i] = token_id
     logprobs: dict[int, TokenLogprobs] = {}
     if raw is not None:
         chosen = [token_ids[i] for i in wanted]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.step import NewSequence, StepBatch
+from qwen_ray.worker.thinking import ThinkingBudget
 
 
 class TokenCounts:
@@ -49,6 +50,7 @@ class SequenceState:
     stop_token_ids: tuple[int, ...]
     blocks: array[int]
     _counts: TokenCounts | None = None
+    _thinking: ThinkingBudget | None = None
 
     @classmethod
     def of(cls, new: NewSequence) -> SequenceState:
@@ -79,6 +81,18 @@ class SequenceState:
             counts.add(self.token_ids[: self.num_prompt_tokens], generated=False)
         counts.add(self.token_ids[counts.num_seen :], generated=True)
         return counts
+
+    @property
+    def forced_token(self) -> int | None:
+        """The next token, where the thinking budget and not the model says which; kept up to date as `counts` is."""
+        thinking, budget = self.sampling.thinking, self.sampling.thinking_budget
+        if thinking is None or budget is None:
+            return None
+        known = self._thinking
+        if known is None:
+            known = self._thinking = ThinkingBudget(thinking, budget)
+        known.add(self.token_ids[self.num_prompt_tokens + known.num_seen :])
+        return known.forced
 
 
 class SequenceTable:

@@ -32,7 +32,13 @@ async def test_a_whole_answer(server: Any) -> None:
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": TEXT, "refusal": None, "annotations": []},
+            "message": {
+                "role": "assistant",
+                "content": TEXT,
+                "reasoning_content": None,
+                "refusal": None,
+                "annotations": [],
+            },
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
