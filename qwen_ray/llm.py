@@ -44,10 +44,14 @@ ShowProgress = Callable[[str, int, int], None]  # what is being done, bytes done
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One answer. `stop_reason` is the stop string or token id that ended it, None for the model's own end."""
+    """One answer. `stop_reason` is the stop string or token id that ended it, None for the model's own end.
+
+    `reasoning` is what the model thought before it answered a conversation; what continues a prompt is all in `text`.
+    """
 
     index: int
     text: str
+    reasoning: str = ""
     token_ids: tuple[int, ...]
     finish_reason: str
     stop_reason: int | str | None = None
@@ -110,7 +114,7 @@ class LLM:
         """
         many = _prompt_list(prompts)
         sampling = _one_each(sampling_params, len(many))
-        return self._answer([self._jobs(prompt, params, True) for prompt, params in zip(many, sampling, strict=True)])
+        return self._answer([self._to_job(prompt, params) for prompt, params in zip(many, sampling, strict=True)])
 
     def chat(
         self,
@@ -120,24 +124,34 @@ class LLM:
         tools: Sequence[Message] | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several. Raises as `generate` does."""
+        """Answer one conversation, or several. Raises as `generate` does.
+
+        `template_variables` are switches of the model's chat template: `enable_thinking=False` for Qwen3.
+        """
         many: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         texts = [self.tokenizer.render_chat(one, tools, **template_variables) for one in many]
         sampling = _one_each(sampling_params, len(texts))
-        return self._answer([self._jobs(text, params, False) for text, params in zip(texts, sampling, strict=True)])
+        jobs = [self._to_job(text, params, is_chat=True) for text, params in zip(texts, sampling, strict=True)]
+        return self._answer(jobs)
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[str]:
-        """The text of one answer (to a prompt, or to a conversation) as it comes."""
+        """The text of one answer (to a prompt, or to a conversation) as it comes, without what is thought before."""
+        return (piece.text for piece in self.stream_pieces(prompt, sampling_params) if piece.text)
+
+    def stream_pieces(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[Piece]:
+        """The same with all that is known of it: `reasoning` beside `text`, token ids, log-probabilities."""
         sampling = replace(sampling_params or SamplingParams(), n=1)
         if prompt and isinstance(prompt[0], Mapping):
-            job = self._jobs(self.tokenizer.render_chat(prompt), sampling, False)  # pyright: ignore[reportArgumentType]
+            text = self.tokenizer.render_chat(prompt)  # pyright: ignore[reportArgumentType]
+            job = self._to_job(text, sampling, is_chat=True)
         else:
-            job = self._jobs(_prompt_list(prompt)[0], sampling, True)  # pyright: ignore[reportArgumentType]
+            job = self._to_job(_prompt_list(prompt)[0], sampling)  # pyright: ignore[reportArgumentType]
         for _, piece in self._engine.run(job.choices):
-            if piece.text:
-                yield piece.text
+            yield piece
 
     def stats(self) -> tuple[EngineStats, RankStats]:
         return self._engine.stats(), self._executor.stats()
@@ -155,19 +169,23 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _jobs(self, prompt: Prompt, sampling: SamplingParams, add_special_tokens: bool) -> _Job:
+    def _to_job(self, prompt: Prompt, sampling: SamplingParams, *, is_chat: bool = False) -> _Job:
+        """A rendered chat brings its own special tokens, and its answer may begin with thinking."""
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else tuple(prompt)
+        ids = self.tokenizer.encode(prompt, not is_chat) if isinstance(prompt, str) else tuple(prompt)
         ends = () if sampling.ignore_eos else self._end_tokens
         request = GenerateRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(ids),
-            sampling=sampling,
+            sampling=self.tokenizer.with_thinking(sampling, ids),
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             stop_token_ids=tuple(dict.fromkeys((*ends, *sampling.stop_token_ids))),
             arrival=time.time(),
         )
-        choices = [Choice(i, one, sampling.stop, self.tokenizer) for i, one in enumerate(request.choices())]
+        choices = [
+            Choice(i, one, sampling.stop, self.tokenizer, splits_thinking=is_chat)
+            for i, one in enumerate(request.choices())
+        ]
         return _Job(prompt=text, choices=choices)
 
     def _answer(self, jobs: list[_Job]) -> list[RequestOutput]:
@@ -295,6 +313,7 @@ def _output(choice: Choice, pieces: Sequence[Piece]) -> CompletionOutput:
     return CompletionOutput(
         index=choice.index,
         text="".join(piece.text for piece in pieces),
+        reasoning="".join(piece.reasoning for piece in pieces),
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         finish_reason=choice.finish_reason or "",
         stop_reason=pieces[-1].stop_reason,

@@ -1,4 +1,7 @@
-"""`qwen-ray generate` and `qwen-ray chat`: a model in this process, or a server's at --url, to a terminal."""
+"""`qwen-ray generate` and `qwen-ray chat`: a model in this process, or a server's at --url, to a terminal.
+
+What a model thinks is shown on terminals only, dim; a pipe gets the answer.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from qwen_ray.core.errors import QwenRayError, RequestError
 from qwen_ray.core.request import SamplingParams
 
 Message = dict[str, str]
-# A prompt or a conversation -> the answer's text as it comes.
-Answer = Callable[[str | list[Message]], Iterator[str]]
+Shown = tuple[str, str]  # what is thought, what is said
+# A prompt or a conversation -> the answer as it comes.
+Answer = Callable[[str | list[Message]], Iterator[Shown]]
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def run_generate(settings: Settings, prompt: str, sampling: SamplingParams, *, url: str | None) -> None:
@@ -47,12 +52,19 @@ def _ask() -> str:
         return ""
 
 
-def _show(pieces: Iterator[str]) -> str:
+def _show(pieces: Iterator[Shown]) -> str:
+    """Returns what is said."""
     shown: list[str] = []
+    has_thought = False
     try:
-        for piece in pieces:
-            shown.append(piece)
-            out.file.write(piece)
+        for thought, said in pieces:
+            if thought and out.is_terminal:
+                out.file.write(f"{DIM}{thought}{PLAIN}")
+                has_thought = True
+            if said:
+                out.file.write(f"\n\n{said}" if has_thought else said)
+                has_thought = False
+                shown.append(said)
             out.file.flush()
     except KeyboardInterrupt:
         if isinstance(pieces, Iterator) and hasattr(pieces, "close"):
@@ -71,10 +83,10 @@ def _answerer(settings: Settings, sampling: SamplingParams, url: str | None) -> 
     with progress_bars() as show:
         llm = LLM(settings=settings, on_progress=show)
     with llm:
-        yield lambda prompt: llm.stream(prompt, sampling)
+        yield lambda prompt: ((piece.reasoning, piece.text) for piece in llm.stream_pieces(prompt, sampling))
 
 
-def _remote(url: str, model: str, prompt: str | list[Message], sampling: SamplingParams) -> Iterator[str]:
+def _remote(url: str, model: str, prompt: str | list[Message], sampling: SamplingParams) -> Iterator[Shown]:
     """The same from a server. Raises QwenRayError."""
     names = ("max_tokens", "temperature", "top_p", "seed")
     body: dict[str, Any] = {name: value for name in names if (value := getattr(sampling, name)) is not None}
@@ -94,8 +106,11 @@ def _remote(url: str, model: str, prompt: str | list[Message], sampling: Samplin
         raise QwenRayError(f"{url}: {error}") from error
 
 
-def _texts(event: dict[str, Any]) -> Iterator[str]:
+def _texts(event: dict[str, Any]) -> Iterator[Shown]:
     if event.get("error"):
         raise QwenRayError(str(event["error"].get("message", event["error"])))
     for choice in event.get("choices", ()):
-        yield choice.get("text") or choice.get("delta", {}).get("content") or ""
+        delta = choice.get("delta", {})
+        # Other servers name it in one of two ways.
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        yield thought, choice.get("text") or delta.get("content") or ""
