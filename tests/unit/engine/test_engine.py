@@ -110,10 +110,11 @@ async def tokens_of(config: EngineConfig, wanted: GenerateRequest, *others: Gene
     return owner.tokens[wanted.request_id], owner.engine.stats().preemptions_total
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-async def test_64_streams_of_mixed_lengths_with_random_aborts(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "dp_attention"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 3)])
+async def test_64_streams_of_mixed_lengths_with_random_aborts(depth: int, dp_attention: int) -> None:
     chance = random.Random(depth)
-    owner = Owner(replace(CONFIG, depth=depth), latency=3)
+    config = replace(CONFIG, depth=depth, dp_attention=dp_attention, num_blocks=64 // dp_attention)
+    owner = Owner(config, latency=3)
     requests = [
         replace(
             request(
