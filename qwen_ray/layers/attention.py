@@ -6,26 +6,15 @@ before the first forward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.layers.batch import LayerStep
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear
+from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.layers.site import Site
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionStep:
-    """What all attention layers share in a step: rotary angles, where keys and values go, what is attended to."""
-
-    cos: torch.Tensor  # [T, head_dim / 2]
-    sin: torch.Tensor
-    slots: torch.Tensor  # [T]
-    plan: Any  # of Kernels.plan_attention
 
 
 class Attention(nn.Module):
@@ -48,11 +37,17 @@ class Attention(nn.Module):
         }
         self.qkv_proj = ColumnParallelLinear(site, config.hidden_size, parts, bias=config.qkv_bias)
         self.o_proj = RowParallelLinear(site, config.q_size, queries, config.hidden_size)
+        self.q_norm = RMSNorm(site, self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(site, self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """[T, hidden] to [T, hidden]; writes T keys and values into the cache."""
+        if x.shape[0] == 0:
+            return x
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # each [T, heads, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._kernels.rotate(q, k, step.cos, step.sin)
         k_cache, v_cache = self.kv_cache
         self._kernels.store_kv(k, v, k_cache, v_cache, step.slots)
@@ -62,3 +57,6 @@ class Attention(nn.Module):
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.qkv_proj.load(checkpoint, prefix)
         self.o_proj.load(checkpoint, f"{prefix}.o_proj")
+        if self.q_norm is not None and self.k_norm is not None:
+            self.q_norm.load(checkpoint, f"{prefix}.q_norm")
+            self.k_norm.load(checkpoint, f"{prefix}.k_norm")

@@ -1,8 +1,9 @@
-"""The one bundle of tensors that a forward pass is given."""
+"""The one bundle of tensors that a forward pass is given, and what of it all layers share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,3 +33,14 @@ class ForwardBatch:
     @property
     def num_sequences(self) -> int:
         return len(self.query_lens_list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStep:
+    """What all layers of a rank share in a step: where tokens are, their rotary angles, where keys and values go."""
+
+    positions: torch.Tensor  # [T]
+    cos: torch.Tensor  # [T, head_dim / 2]
+    sin: torch.Tensor
+    slots: torch.Tensor  # [T]
+    plan: Any  # of Kernels.plan_attention; None: there are no tokens

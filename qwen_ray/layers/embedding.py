@@ -35,7 +35,7 @@ class Embedding(VocabMatrix):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] to [T, hidden]. Each rank looks up its own tokens, the sum puts them together."""
-        if self._group.size == 1:
+        if self._group.size == 1 or token_ids.shape[0] == 0:
             return F.embedding(token_ids, self.weight)
         mine = (token_ids >= self.span.start) & (token_ids < self.span.stop)
         rows = F.embedding(torch.where(mine, token_ids - self.span.start, 0), self.weight)
@@ -49,11 +49,14 @@ class Head(nn.Module):
         super().__init__()
         self._linear = site.kernels.linear
         self._group = site.groups.tensor
+        self._is_gathering = site.shard.tp_rank == 0
         self._sizes = tuple(len(span) for span in split_evenly(matrix.vocab_size, site.shard.tp_size))
         self.matrix = matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """[L, hidden] to logits [L, vocabulary] in float32 on tensor rank 0, None on the others."""
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.matrix.vocab_size, dtype=torch.float32) if self._is_gathering else None
         logits = self._group.gather(self._linear(x, self.matrix.weight, None), self._sizes)
         return None if logits is None else logits.float()
 

@@ -57,8 +57,29 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, this rank's inputs] to [T, out]."""
-        return self._all_reduce(self._linear(x, self.weight, None))
+        return self._all_reduce(self.partial(x))
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the sum."""
+        return self._linear(x, self.weight, None)
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         """`prefix` is this projection: `model.layers.0.mlp.down_proj`."""
         self.weight.copy_(checkpoint.read(f"{prefix}.weight", self._shape, columns=self._span))
+
+
+class ReplicatedLinear(nn.Module):
+    """A projection so small that every rank holds it whole. No bias."""
+
+    def __init__(self, site: Site, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self._linear = site.kernels.linear
+        self.weight = weight(site, out_size, in_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] to [T, out]."""
+        return self._linear(x, self.weight, None)
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        """`prefix` is this projection: `model.layers.0.mlp.gate`."""
+        self.weight.copy_(checkpoint.read(f"{prefix}.weight", tuple(self.weight.shape)))

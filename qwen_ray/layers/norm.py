@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
         self.weight = weight(site, size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, size] to the same."""
+        """[..., size] to the same."""
         return self._rms_norm(x, self.weight, self._eps)
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.layers.attention import Attention, AttentionStep
+from qwen_ray.layers.attention import Attention
+from qwen_ray.layers.batch import LayerStep
 from qwen_ray.layers.mlp import Mlp
 from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.layers.site import Site
@@ -18,9 +19,9 @@ class Qwen2Layer(DecoderLayer):
         self.input_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, site)
         self.post_attention_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config, site)
+        self.mlp = Mlp(site, config.hidden_size, config.intermediate_size, site.shard.intermediate)
 
-    def forward(self, x: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), step)
         return x + self.mlp(self.post_attention_layernorm(x))

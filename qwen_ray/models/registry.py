@@ -11,9 +11,18 @@ from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import Shard
 from qwen_ray.layers.site import Groups, Site
 from qwen_ray.models.qwen2 import Qwen2Layer
+from qwen_ray.models.qwen2_moe import Qwen2MoeLayer
+from qwen_ray.models.qwen3 import Qwen3Layer
+from qwen_ray.models.qwen3_moe import Qwen3MoeLayer
 from qwen_ray.models.stage import DecoderLayer, Stage
 
-LAYERS: dict[str, Callable[[ModelConfig, Site, int], DecoderLayer]] = {"llama": Qwen2Layer, "qwen2": Qwen2Layer}
+LAYERS: dict[str, Callable[[ModelConfig, Site, int], DecoderLayer]] = {
+    "llama": Qwen2Layer,
+    "qwen2": Qwen2Layer,
+    "qwen2_moe": Qwen2MoeLayer,
+    "qwen3": Qwen3Layer,
+    "qwen3_moe": Qwen3MoeLayer,
+}
 
 
 def build(

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.layers.attention import Attention, AttentionStep
-from qwen_ray.layers.batch import ForwardBatch
+from qwen_ray.layers.attention import Attention
+from qwen_ray.layers.batch import ForwardBatch, LayerStep
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.embedding import Embedding, Head, VocabMatrix
+from qwen_ray.layers.expert_map import Slots
+from qwen_ray.layers.moe import Moe
 from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.layers.rotary import Rotary
 from qwen_ray.layers.site import Site
@@ -26,6 +28,7 @@ class DecoderLayer(nn.Module):
     """One layer of an architecture. Its attributes are named as in the checkpoint, and each can load itself."""
 
     self_attn: Attention
+    mlp: nn.Module
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         for name, part in self.named_children():
@@ -62,12 +65,15 @@ class Stage(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Logits [L, vocabulary] in float32 on the rank that samples, None on the others."""
+        """Logits [L, vocabulary] in float32 on the rank that samples, None on the others.
+
+        A model with experts needs every rank in every step, also one whose batch is empty.
+        """
         if self.embed_tokens is not None:
             x = self.embed_tokens(batch.token_ids)
         else:
             x = self._groups.receive((batch.num_tokens, self.config.hidden_size), self._dtype)
-        step = self._attention_step(batch)
+        step = self._layer_step(batch)
         for layer in self.layers:
             x = layer(x, step)
         if self.norm is None or self.lm_head is None:
@@ -75,11 +81,13 @@ class Stage(nn.Module):
             return None
         return self.lm_head(self.norm(x[batch.logit_rows]))
 
-    def _attention_step(self, batch: ForwardBatch) -> AttentionStep:
+    def _layer_step(self, batch: ForwardBatch) -> LayerStep:
         cos, sin = self.rotary(batch.positions)
-        block_size = self.attentions[0].kv_cache[0].shape[1]
-        plan = self._plan_attention(batch.block_tables, batch.query_lens_list, batch.context_lens_list, block_size)
-        return AttentionStep(cos=cos, sin=sin, slots=batch.slots, plan=plan)
+        plan = None
+        if batch.num_tokens:
+            block_size = self.attentions[0].kv_cache[0].shape[1]
+            plan = self._plan_attention(batch.block_tables, batch.query_lens_list, batch.context_lens_list, block_size)
+        return LayerStep(positions=batch.positions, cos=cos, sin=sin, slots=batch.slots, plan=plan)
 
     @torch.inference_mode()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -97,6 +105,27 @@ class Stage(nn.Module):
     def attentions(self) -> list[Attention]:
         """This rank's attention layers in order: each wants its `kv_cache` set."""
         return [cast(DecoderLayer, layer).self_attn for layer in self.layers]
+
+    @torch.inference_mode()
+    def move_experts(self, layer: int, slots: Slots) -> int:
+        """Let the experts of `layer` lie as `slots` says, by expert rank; returns how many came to this rank.
+
+        All ranks of the stage that holds the layer do this between the same two steps; on others nothing happens.
+        """
+        moe = self._moe(layer) if layer in self.shard.layers else None
+        return 0 if moe is None else moe.experts.move(slots)
+
+    def expert_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Of each layer here, by expert id: how many tokens were computed here; () for a dense one.
+
+        Waits for the device.
+        """
+        found = [self._moe(layer) for layer in self.shard.layers]
+        return tuple(() if moe is None else moe.experts.tokens() for moe in found)
+
+    def _moe(self, layer: int) -> Moe | None:
+        mlp = cast(DecoderLayer, self.layers[layer - self.shard.layers.start]).mlp
+        return mlp if isinstance(mlp, Moe) else None
 
     @property
     def num_bytes(self) -> int:

@@ -6,15 +6,18 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import ParallelPlan, Rendezvous, Shard, Span
+from qwen_ray.core.step import MoveExperts
 from qwen_ray.layers.batch import ForwardBatch
 from qwen_ray.models import registry
 from qwen_ray.parallel.groups import Groups
@@ -116,6 +119,7 @@ class Tensors:
 
 
 Chunks = list[tuple[int, int, int]]  # (sequence, start, count)
+Steps = list[tuple[Chunks, list[int]]]  # and the rows that want logits
 
 
 def make_batch(sequences: list[list[int]], chunks: Chunks, logit_rows: list[int]) -> ForwardBatch:
@@ -132,16 +136,26 @@ def make_batch(sequences: list[list[int]], chunks: Chunks, logit_rows: list[int]
     lens = tuple(n for _, _, n in chunks)
     contexts = tuple(start + n for _, start, n in chunks)
     return ForwardBatch(
-        token_ids=torch.tensor(tokens),
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        block_tables=torch.tensor(tables),
+        token_ids=torch.tensor(tokens, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slots=torch.tensor(slots, dtype=torch.int64),
+        block_tables=torch.tensor(tables, dtype=torch.int64),
         query_starts=torch.tensor([0, *lens]).cumsum(0),
-        context_lens=torch.tensor(contexts),
+        context_lens=torch.tensor(contexts, dtype=torch.int64),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         query_lens_list=lens,
         context_lens_list=contexts,
     )
+
+
+@dataclass(frozen=True)
+class Life:
+    """What one rank went through."""
+
+    num_bytes: int  # held
+    logits: list[torch.Tensor]  # of each step, where it samples
+    expert_tokens: tuple[tuple[int, ...], ...]
+    num_moved: int  # experts that came from other ranks
 
 
 def forward_steps(
@@ -151,9 +165,10 @@ def forward_steps(
     address: str,
     weights: str,
     sequences: list[list[int]],
-    steps: list[tuple[Chunks, list[int]]],
-) -> tuple[int, list[torch.Tensor]]:
-    """One rank's life: join, load, run the steps. Returns its bytes and, where it samples, each step's logits."""
+    parts: list[Steps],
+    moves: Mapping[int, list[MoveExperts]] = MappingProxyType({}),
+) -> Life:
+    """One rank's life: join, load, run the steps of its dp rank. `moves[i]` happen before step i."""
     shard: Shard = plan.shard(config, rank)
     rendezvous = Rendezvous(address=address, name=f"test{os.path.basename(weights)}")
     groups = Groups.join(shard, rendezvous, CPU, timeout=30)
@@ -164,8 +179,14 @@ def forward_steps(
             shape = (len(sequences) * BLOCKS_PER_SEQUENCE, BLOCK_SIZE, attention.num_kv_heads, attention.head_dim)
             # Not zeros: what is read without having been written must not go unnoticed.
             attention.kv_cache = (torch.full(shape, float("nan")), torch.full(shape, float("nan")))
-        logits = [model(make_batch(sequences, chunks, rows)) for chunks, rows in steps]
-        assert all((step is not None) == shard.samples for step in logits)
-        return model.num_bytes, [step.clone() for step in logits if step is not None]
+        logits: list[torch.Tensor] = []
+        num_moved = 0
+        for i, (chunks, rows) in enumerate(parts[shard.dp_rank]):
+            num_moved += sum(model.move_experts(move.layer, move.slots) for move in moves.get(i, ()))
+            out = model(make_batch(sequences, chunks, rows))
+            assert (out is not None) == shard.samples
+            if out is not None:
+                logits.append(out.clone())
+        return Life(model.num_bytes, logits, model.expert_tokens(), num_moved)
     finally:
         groups.close()

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import Ranks, forward_steps, free_address
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import ParallelPlan
@@ -52,7 +60,13 @@ CONFIGS = {
             "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16,
         },
     ),
+    # Heads of their own size, norms on queries and keys, no biases.
+    "qwen3": Qwen3Config(
+        **COMMON, hidden_size=56, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
+        tie_word_embeddings=True,
+    ),
 }  # fmt: skip
+MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrain
     made: dict[str, tuple[PreTrainedModel, Path]] = {}
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
-        model = (LlamaForCausalLM if name == "llama3" else Qwen2ForCausalLM)(config).eval()
+        model = MODELS[config.model_type](config).eval()
         for key, parameter in model.named_parameters():
             if "norm" in key:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -83,11 +97,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrain
 def check(ranks: Ranks, model: PreTrainedModel, path: Path, *, tp: int, pp: int) -> None:
     config = ModelConfig.from_dict(model.config.to_dict())
     plan = ParallelPlan.of(config, tp=tp, pp=pp)
-    arguments = (config, plan, free_address(), str(path), SEQUENCES, STEPS)
+    arguments = (config, plan, free_address(), str(path), SEQUENCES, [STEPS])
     answers = ranks.run(plan.world_size, forward_steps, *arguments)
     with torch.inference_mode():
         expected = [model(torch.tensor([tokens])).logits[0] for tokens in SEQUENCES]
-    logits = answers[(pp - 1) * tp][1]
+    logits = answers[(pp - 1) * tp].logits
     assert len(logits) == len(STEPS)
     for (chunks, rows), got in zip(STEPS, logits, strict=True):
         want = torch.cat([expected[s][start : start + count] for s, start, count in chunks])[rows]
@@ -98,7 +112,7 @@ def check(ranks: Ranks, model: PreTrainedModel, path: Path, *, tp: int, pp: int)
 
 @pytest.mark.parametrize("pp", [1, 2, 3])
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["gqa14-2-tied", "gqa28-4-untied"])
+@pytest.mark.parametrize("name", ["gqa14-2-tied", "gqa28-4-untied", "qwen3"])
 def test_logits_equal_those_of_transformers(
     ranks: Ranks, models: dict[str, tuple[PreTrainedModel, Path]], name: str, tp: int, pp: int
 ) -> None:
@@ -121,8 +135,9 @@ def test_shards_add_up_to_the_model(
     model, path = models[name]
     config = ModelConfig.from_dict(model.config.to_dict())
     plan = ParallelPlan.of(config, tp=tp, pp=pp)
-    answers = ranks.run(plan.world_size, forward_steps, config, plan, free_address(), str(path), SEQUENCES, STEPS[:1])
+    arguments = (config, plan, free_address(), str(path), SEQUENCES, [STEPS[:1]])
+    answers = ranks.run(plan.world_size, forward_steps, *arguments)
     tables = 2 * 64 * config.head_dim // 2
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert sum(num_bytes for num_bytes, _ in answers) == 4 * (weights + (tp - 1) * norms + plan.world_size * tables)
+    assert sum(life.num_bytes for life in answers) == 4 * (weights + (tp - 1) * norms + plan.world_size * tables)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen_ray.core.errors import CheckpointError
-from qwen_ray.core.model_config import ModelConfig, RopeConfig
+from qwen_ray.core.model_config import ARCHITECTURES, ModelConfig, MoeConfig, RopeConfig
 from qwen_ray.core.plan import ParallelPlan, Rendezvous, Shard, Span
 from qwen_ray.models import registry
 from qwen_ray.models.stage import Stage
@@ -50,18 +50,18 @@ def stage(config: ModelConfig, shard: Shard) -> Stage:
     )
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen2_moe", "qwen3_moe"])
-def test_architectures_without_a_page_are_refused(architecture: str) -> None:
-    config = replace(CONFIG, architecture=architecture)
-    with pytest.raises(CheckpointError, match=f"{architecture}.*llama, qwen2"):
-        stage(config, ParallelPlan.of(config).shard(config, 0))
+def test_every_architecture_has_a_page() -> None:
+    assert registry.LAYERS.keys() == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (3, 1), (1, 3), (4, 2)])
-def test_every_rank_reads_exactly_what_it_holds(tp: int, pp: int, tied: bool) -> None:
-    config = replace(CONFIG, tie_word_embeddings=tied)
-    for shard in ParallelPlan.of(config, tp=tp, pp=pp).shards(config):
+def test_architectures_without_a_page_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(registry.LAYERS, "qwen2")
+    with pytest.raises(CheckpointError, match=r"'qwen2' is not served.*llama.*qwen3_moe"):
+        stage(CONFIG, ParallelPlan.of(CONFIG).shard(CONFIG, 0))
+
+
+def check_that_every_rank_reads_what_it_holds(config: ModelConfig, plan: ParallelPlan) -> None:
+    for shard in plan.shards(config):
         model, checkpoint = stage(config, shard), Recorded()
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -71,6 +71,33 @@ def test_every_rank_reads_exactly_what_it_holds(tp: int, pp: int, tied: bool) ->
         assert model.num_bytes == 4 * (sum(checkpoint.num_elements.values()) + 2 * 8 * config.head_dim // 2)
         layers = {int(name.split(".")[2]) for name in checkpoint.num_elements if ".layers." in name}
         assert layers == set(shard.layers)
+        for layer in shard.layers:
+            prefix = f"model.layers.{layer}.mlp.experts."
+            experts = {int(name[len(prefix) :].split(".")[0]) for name in checkpoint.num_elements if prefix in name}
+            assert experts == set(shard.own_experts(layer))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (3, 1), (1, 3), (4, 2)])
+def test_every_rank_reads_exactly_what_it_holds(tp: int, pp: int, tied: bool) -> None:
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    check_that_every_rank_reads_what_it_holds(config, ParallelPlan.of(config, tp=tp, pp=pp))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("tp", "pp", "ep", "dp_attention"),
+    [(1, 1, 1, 1), (2, 1, 2, 1), (1, 3, 2, 2), (2, 1, 1, 1), (2, 1, 2, 2), (1, 1, 5, 5)],
+)
+def test_every_rank_reads_its_own_experts(architecture: str, tp: int, pp: int, ep: int, dp_attention: int) -> None:
+    shared = 96 if architecture == "qwen2_moe" else 0
+    moe = MoeConfig(
+        num_experts=7, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
+        shared_expert_intermediate_size=shared, mlp_only_layers=(1,),
+    )  # fmt: skip
+    config = replace(CONFIG, architecture=architecture, qk_norm=not shared, qkv_bias=bool(shared), moe=moe)
+    plan = ParallelPlan.of(config, tp=tp, pp=pp, ep=ep, dp_attention=dp_attention)
+    check_that_every_rank_reads_what_it_holds(config, plan)
 
 
 def test_a_tied_matrix_is_held_once_where_both_ends_meet() -> None:

@@ -1,0 +1,35 @@
+"""Qwen3-MoE and Qwen3-Coder (Yang et al. 2025): Qwen3 with experts, none of them shared.
+
+Layers that the config names (`mlp_only_layers`, `decoder_sparse_step`) have a plain MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.layers.attention import Attention
+from qwen_ray.layers.batch import LayerStep
+from qwen_ray.layers.mlp import Mlp
+from qwen_ray.layers.moe import Moe
+from qwen_ray.layers.norm import RMSNorm
+from qwen_ray.layers.site import Site
+from qwen_ray.models.stage import DecoderLayer
+
+
+class Qwen3MoeLayer(DecoderLayer):
+    def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, site)
+        self.post_attention_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
+        if config.is_sparse(layer):
+            self.mlp = Moe(config, site, layer)
+        else:
+            self.mlp = Mlp(site, config.hidden_size, config.intermediate_size, site.shard.intermediate)
+
+    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]."""
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        y = self.post_attention_layernorm(x)
+        return x + (self.mlp(y, step.positions) if isinstance(self.mlp, Moe) else self.mlp(y))
