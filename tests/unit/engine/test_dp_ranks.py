@@ -146,7 +146,7 @@ def test_an_error_spoils_blocks_where_they_are_and_no_others() -> None:
     harness.drain()
     harness.check_ended()
     assert harness.deltas["bad"][-1].error
-    harness.add(request("same", range(20, 28)), request("again", range(8)))
+    harness.add(request("again", range(8)), request("same", range(20, 28)))
     harness.drain()
     harness.check_ended()
     assert harness.deltas["same"][0].num_cached_tokens == 0
