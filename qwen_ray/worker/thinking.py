@@ -18,7 +18,7 @@ class ThinkingBudget:
 
     def __init__(self, thinking: Thinking, budget: int) -> None:
         self._thinking = thinking
-        self._left = budget  # tokens that may still be thought; the start of a block is none
+        self._left = budget  # tokens that may still be thought; tags are none
         self._is_open = thinking.starts_open
         self._num_said = 0  # tokens of the ending
         self.num_seen = 0
@@ -34,8 +34,9 @@ class ThinkingBudget:
                 self._num_said += 1
                 if self._num_said == len(self._thinking.ending):
                     self._is_open, self._num_said = False, 0
-            elif self._is_open:
-                self._left -= 1
-                self._is_open = token_id != self._thinking.end_id
-            else:
+            elif not self._is_open:
                 self._is_open = token_id == self._thinking.start_id
+            elif token_id == self._thinking.end_id:
+                self._is_open = False
+            else:
+                self._left -= 1
