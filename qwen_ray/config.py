@@ -61,6 +61,26 @@ class PlanSettings(Section):
 
     tp: int | None = Field(default=None, ge=1, description="tensor-parallel ranks")
     pp: int | None = Field(default=None, ge=1, description="pipeline stages")
+    ep: int | None = Field(default=None, ge=1, description="expert-parallel ranks of a stage")
+    dp_attention: int | None = Field(
+        default=None,
+        ge=1,
+        description="copies of the attention in a stage, each for sequences of its own, that share its experts",
+    )
+
+
+class ExpertSettings(Section):
+    """Of a model with experts: how their load is evened out over the expert ranks."""
+
+    num_redundant_experts: int = Field(default=0, ge=0, description="second copies of the hottest experts, of a layer")
+    enable_eplb: bool = Field(default=False, description="move experts between ranks while serving, as their load asks")
+    eplb_interval: float = Field(default=60.0, gt=0, description="seconds between two re-balancings")
+    load: HomePath | None = Field(default=None, description="expert load (JSON) that the first placement is made for")
+
+    @property
+    def rebalance_seconds(self) -> float | None:
+        """Between two re-balancings; None: never."""
+        return self.eplb_interval if self.enable_eplb else None
 
 
 class ReplicaSettings(Section):
@@ -91,10 +111,13 @@ class ModelSettings(Section):
         default="demo", min_length=1, description="demo, a directory, a .gguf file, or a Hugging Face id"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a Hugging Face id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
+        default="auto", description="of the computation; fp8 (weights) can be planned with, not served"
+    )
     quantization: Literal["none"] = "none"
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     plan: Literal["auto"] | PlanSettings = "auto"
+    experts: ExpertSettings = ExpertSettings()
     max_model_len: Tokens | None = Field(default=None, description="longest prompt and output together, in tokens")
     replicas: ReplicaSettings = ReplicaSettings()
     slo: SloSettings = SloSettings()
@@ -182,6 +205,12 @@ OPTIONS: dict[str, str] = {
     "load-format": "models.0.load_format",
     "tp": "models.0.plan.tp",
     "pp": "models.0.plan.pp",
+    "ep": "models.0.plan.ep",
+    "dp-attention": "models.0.plan.dp_attention",
+    "num-redundant-experts": "models.0.experts.num_redundant_experts",
+    "enable-eplb": "models.0.experts.enable_eplb",
+    "eplb-interval": "models.0.experts.eplb_interval",
+    "expert-load": "models.0.experts.load",
     "max-model-len": "models.0.max_model_len",
     "min-replicas": "models.0.replicas.min",
     "max-replicas": "models.0.replicas.max",

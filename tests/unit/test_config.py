@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen_ray.config import OPTIONS, Settings, load_settings
+from qwen_ray.config import OPTIONS, PlanSettings, Settings, load_settings
 from qwen_ray.core.errors import SettingsError
 
 
@@ -46,7 +46,7 @@ def test_a_wrong_key_is_named(data: dict[str, object], field: str) -> None:
 
 def test_every_option_sets_an_existing_key() -> None:
     known = Settings().model_dump()
-    known["models"] = [known["models"][0] | {"plan": {"tp": 1, "pp": 1}}]
+    known["models"] = [known["models"][0] | {"plan": PlanSettings().model_dump()}]
     for key in OPTIONS.values():
         at: object = known
         for part in key.split("."):
@@ -59,6 +59,19 @@ def test_settings_survive_their_own_json() -> None:
     )
     assert Settings.from_dict(settings.to_dict()) == settings
     assert settings.engine.kv_cache_memory == 2**30
+
+
+def test_experts_are_a_section_of_their_model() -> None:
+    flags = {"ep": "2", "dp-attention": "2", "num-redundant-experts": "4", "expert-load": "~/load.json"}
+    model = load_settings(None, flags, {}).models[0]
+    assert isinstance(model.plan, PlanSettings)
+    assert (model.plan.ep, model.plan.dp_attention) == (2, 2)
+    assert model.experts.num_redundant_experts == 4
+    assert model.experts.load == Path.home() / "load.json"
+    assert model.experts.rebalance_seconds is None
+    eager = load_settings(None, {"enable-eplb": True, "eplb-interval": "1.5"}, {})
+    assert eager.models[0].experts.rebalance_seconds == 1.5
+    assert Settings.from_dict(eager.to_dict()) == eager
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
