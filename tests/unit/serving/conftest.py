@@ -35,21 +35,31 @@ TEMPLATE = (
 )
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 EOS = 257
-VOCAB_SIZE = 258
+TAGS = ("<think>", "</think>")
+VOCAB_SIZE = 258 + len(TAGS)
+THOUGHT = "<think>\nGrüße?\n\nAh, 世界.\n</think>\n\nGrüße, 世界! STOP and <b>more</b>.\n"
+# Qwen3's; with `opens` it ends within a block, as those do whose models always think.
+THINKING_TEMPLATE = (Path(__file__).parents[1] / "text" / "qwen3_chat_template.jinja").read_text() + (
+    "{%- if opens is defined %}{{- '<think>\n' }}{%- endif %}"
+)
 TEXT = "Grüße, 世界! 👩‍👩‍👧 The end of the line. STOP and more."
 
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Single bytes, and two special tokens."""
-    path = tmp_path_factory.mktemp("bytes")
+    return write_tokenizer(tmp_path_factory.mktemp("bytes"), TEMPLATE)
+
+
+def write_tokenizer(path: Path, template: str) -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAGS])
     backend.save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(TEMPLATE)
+    (path / "chat_template.jinja").write_text(template)
     (path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     return path
 
@@ -185,9 +195,10 @@ class FakeReplica:
 class Server:
     """An ingress without Serve, its replicas, and a client."""
 
-    def __init__(self, tokenizer: OurTokenizer, config: EngineConfig) -> None:
+    def __init__(self, tokenizer: OurTokenizer, config: EngineConfig, text: str = TEXT) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.text = text  # what its replicas say
         self.replicas: list[FakeReplica] = []
         self.other_ingresses: list[Entry] = []
         self.recorder = IngressRecorder("tiny", "one")
@@ -232,7 +243,7 @@ class Server:
         return self
 
     async def add_replica(self, name: str) -> FakeReplica:
-        replica = await FakeReplica(name, self.tokenizer.encode(TEXT), self.config).start()
+        replica = await FakeReplica(name, self.tokenizer.encode(self.text), self.config).start()
         self.replicas.append(replica)
         return replica
 
@@ -290,6 +301,20 @@ async def server(tokenizer: OurTokenizer, engine_config: EngineConfig) -> AsyncI
 async def pair(tokenizer: OurTokenizer, engine_config: EngineConfig) -> AsyncIterator[Server]:
     """Two replicas."""
     server = Server(tokenizer, engine_config)
+    await server.start(num_replicas=2)
+    yield server
+    await server.stop()
+
+
+@pytest.fixture(scope="session")
+def thinking_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> OurTokenizer:
+    return OurTokenizer.load(write_tokenizer(tmp_path_factory.mktemp("thinking"), THINKING_TEMPLATE))
+
+
+@pytest.fixture
+async def thinkers(thinking_tokenizer: OurTokenizer, engine_config: EngineConfig) -> AsyncIterator[Server]:
+    """Two replicas of a model that thinks."""
+    server = Server(thinking_tokenizer, engine_config, THOUGHT)
     await server.start(num_replicas=2)
     yield server
     await server.stop()
