@@ -22,9 +22,12 @@ class LocalExecutor:
     def __init__(self, spec: ReplicaSpec, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         world_size = spec.plan.world_size
         if world_size != 1:
+            degrees = f"tp ({spec.plan.tp}) × pp ({spec.plan.pp})"
+            if spec.plan.dp_attention > 1:
+                degrees += f" × dp_attention ({spec.plan.dp_attention})"
             raise PlanRefused(
                 f"A plan of {world_size} ranks needs a cluster; in one process there is one rank.",
-                inequality=f"tp ({spec.plan.tp}) × pp ({spec.plan.pp}) = {world_size} ranks > 1 rank in one process",
+                inequality=f"{degrees} = {world_size} ranks > 1 rank in one process",
             )
         self._worker = Worker(spec, 0, Rendezvous(address="", name="local"))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rank-0")

@@ -40,7 +40,7 @@ class PreparedBatch:
 def prepare(
     chunks: Sequence[Chunk], states: Sequence[SequenceState], *, block_size: int, device: torch.device
 ) -> PreparedBatch:
-    """`states[i]` is the sequence of `chunks[i]`, what the step brings already taken in."""
+    """`states[i]` is the sequence of `chunks[i]`, what the step brings already taken in. There may be none."""
     token_ids, positions = array("q"), array("q")
     logit_rows = array("q")
     samples: list[SequenceState] = []
@@ -79,14 +79,14 @@ def _forward_batch(
 ) -> ForwardBatch:
     query_lens = tuple(chunk.count for chunk in chunks)
     context_lens = tuple(chunk.start + chunk.count for chunk in chunks)
-    width = max(len(state.blocks) for state in states)
+    width = max((len(state.blocks) for state in states), default=1)
     tables = array("q")
     for state in states:
         tables += state.blocks
         tables.extend(array("q", [0]) * (width - len(state.blocks)))
     block_tables = to_tensor(tables).view(len(states), width)
     where = to_tensor(positions)
-    owner = torch.repeat_interleave(torch.tensor(query_lens))  # [T]: the sequence of each token
+    owner = torch.repeat_interleave(torch.tensor(query_lens, dtype=torch.int64))  # [T]: the sequence of each token
     slots = block_tables[owner, where // block_size] * block_size + where % block_size
     return ForwardBatch(
         token_ids=to_tensor(token_ids).to(device),
@@ -94,7 +94,7 @@ def _forward_batch(
         slots=slots.to(device),
         block_tables=block_tables.to(device),
         query_starts=torch.tensor(list(accumulate(query_lens, initial=0))).to(device),
-        context_lens=torch.tensor(context_lens).to(device),
+        context_lens=torch.tensor(context_lens, dtype=torch.int64).to(device),
         logit_rows=to_tensor(logit_rows).to(device),
         query_lens_list=query_lens,
         context_lens_list=context_lens,

@@ -15,20 +15,25 @@ from qwen_ray.worker.sequences import SequenceTable
 
 
 class Runner:
-    """Owns the rank's sequences. `model` has its weights and its KV cache."""
+    """Owns the rank's sequences. `model` has its weights and its KV cache, and may have run before."""
 
     def __init__(self, model: Stage, *, block_size: int, device: torch.device) -> None:
         self._model = model
         self._block_size = block_size
         self._device = device
         self._sequences = SequenceTable()
+        self._expert_tokens = model.expert_tokens()  # of whoever ran it before
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult | None:
-        """The step's result on the rank that samples, None on the others."""
+        """The step's result on the rank that samples, None on the others.
+
+        Where dp ranks share experts, a rank without tokens of its own takes the step all the same: it computes for the
+        others, who wait for it.
+        """
         states = self._sequences.apply(batch)
         samples = self._model.shard.samples
-        if not states:
+        if not states and self._model.shard.dp_size == 1:
             return StepResult(step_id=batch.step_id) if samples else None
         prepared = prepare(batch.chunks, states, block_size=self._block_size, device=self._device)
         logits = self._model(prepared.forward)
@@ -41,3 +46,8 @@ class Runner:
             samples=tuple(sample(rows, prepared.samples)) if prepared.samples else (),
             prompt_logprobs=tuple(prompts),
         )
+
+    def expert_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """As `RankStats.expert_tokens`; from any thread."""
+        counts = zip(self._model.expert_tokens(), self._expert_tokens, strict=True)
+        return tuple(tuple(now - before for now, before in zip(*layer, strict=True)) for layer in counts)

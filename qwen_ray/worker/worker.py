@@ -1,8 +1,8 @@
 """One rank: its shard of the model, its KV cache, its part of every step, and its figures.
 
 Knows its `ReplicaSpec` and its number. Does not know what carries steps to it: `local.py` calls it in process, the
-cluster's actors over the network. `join`, `load`, `allocate`, then `execute` for each step, then `close`; all ranks of
-a group go through these together. Not thread-safe, `abort` and `stats` excepted.
+cluster's actors over the network. `join`, `load`, `allocate`, then `execute` for each step and `move_experts` between
+steps, then `close`; all ranks of a group go through these together. Not thread-safe, `abort` and `stats` excepted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from qwen_ray.core.plan import EngineConfig, Rendezvous, ReplicaSpec, split_evenly
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.stats import RankStats
-from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
+from qwen_ray.core.step import Chunk, MoveExperts, NewSequence, StepBatch, StepResult
 from qwen_ray.models.registry import build
 from qwen_ray.models.stage import Stage
 from qwen_ray.parallel.groups import Groups
@@ -54,6 +54,10 @@ class Worker:
             rank=rank,
             stage=self.shard.stage,
             tp_rank=self.shard.tp_rank,
+            dp_rank=self.shard.dp_rank,
+            ep_rank=self.shard.ep_rank,
+            expert_tp_rank=self.shard.expert_tp_rank,
+            first_layer=self.shard.layers.start,
             pid=os.getpid(),
             node=platform.node(),
             device=spec.device,
@@ -103,7 +107,7 @@ class Worker:
         """Make the KV cache, then run a first step: what cannot fit fails now, not under load.
 
         On a GPU it is the largest step there can be. On a CPU, where that would take long and the memory goes back to
-        the system anyway, it is a small one: libraries set themselves up.
+        the system anyway, it is a small one: libraries set themselves up. Every dp rank takes the same one.
         """
         assert self._model is not None, "load first"
         self._use_threads()
@@ -122,7 +126,7 @@ class Worker:
         self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
 
     def execute(self, batch: StepBatch) -> StepResult | None:
-        """Run this rank's part of one step; the answer comes from the one rank that samples."""
+        """Run this rank's part of one step; the answer comes from the one rank of a dp rank that samples."""
         assert self._runner is not None, "allocate first"
         self._use_threads()
         started = time.perf_counter()
@@ -136,8 +140,17 @@ class Worker:
         )
         return None if result is None else replace(result, seconds=seconds)
 
+    def move_experts(self, move: MoveExperts) -> None:
+        """Give one layer's experts their new slots, between two steps; all ranks of its stage exchange weights."""
+        assert self._model is not None, "load first"
+        self._use_threads()
+        num_received = self._model.move_experts(move.layer, move.slots)
+        self._stats = replace(self._stats, num_moved_experts=self._stats.num_moved_experts + num_received)
+
     def stats(self) -> RankStats:
-        return replace(self._stats, memory_bytes=memory_bytes(self._device))
+        runner = self._runner
+        expert_tokens = () if runner is None else runner.expert_tokens()
+        return replace(self._stats, expert_tokens=expert_tokens, memory_bytes=memory_bytes(self._device))
 
     def abort(self) -> None:
         """Make a step that waits for its peers raise. From any thread."""
