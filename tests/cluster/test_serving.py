@@ -28,6 +28,7 @@ from qwen_ray.metrics.catalog import BY_OWNER
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is true %}<think>\n{% elif enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 )
 START_SECONDS = 240
 HI: Any = [{"role": "user", "content": "Hi"}]
@@ -40,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=258,
+        vocab_size=260,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -57,6 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
     backend.save(str(path / "tokenizer.json"))
     (path / "chat_template.jinja").write_text(TEMPLATE)
     (path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
@@ -120,6 +122,21 @@ def test_the_official_client_streams_what_it_gets_whole(client: OpenAI) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert whole.choices[0].finish_reason == chunks[-2].choices[0].finish_reason
+
+
+def test_a_spent_thinking_budget_ends_the_thinking(client: OpenAI) -> None:
+    thinks = {"enable_thinking": True, "thinking_budget": 0}
+    asked: Any = {"model": "tiny", "messages": HI, "max_tokens": 140, "temperature": 0, "extra_body": thinks}
+    whole = client.chat.completions.create(**asked)
+    message: Any = whole.choices[0].message
+    assert message.reasoning_content.startswith("Considering the limited time by the user")
+    assert message.reasoning_content.endswith("directly now.")
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == len(f"\n\n{message.reasoning_content}\n") + 1
+    deltas: Any = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == message.reasoning_content
+    assert "".join(delta.content or "" for delta in deltas) == message.content
 
 
 def test_choices_logprobs_and_stop_strings(client: OpenAI) -> None:
