@@ -34,7 +34,7 @@ def dispatch(
     spans = [slice(a, b) for a, b in pairwise(ends) for _ in range(group.size // num_holders)]  # by rank
     counts = [span.stop - span.start for span in spans]
     received, origins = group.all_to_all(torch.cat([packed[span] for span in spans]), counts)
-    added, _ = group.all_to_all(experts(*unpack(received, x.shape[1], x.dtype, places.shape[1])), origins)
+    added, _ = group.all_to_all(experts(*unpack(received, places.shape[1], x.dtype)), origins)
     total = x.new_zeros(x.shape, dtype=torch.float32)
     for span, part in zip(spans, added.split(counts), strict=True):
         total.index_add_(0, rows[span], part.float())  # of one rank no row comes twice
@@ -43,16 +43,14 @@ def dispatch(
 
 def pack(x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Rows of bytes that hold x [n, hidden], slots [n, k] and weights [n, k]: one message in place of three."""
-    return torch.cat([part.view(torch.uint8) for part in (x, slots.int(), weights)], dim=1)
+    num_rows, top_k = slots.shape
+    packed = torch.empty(num_rows, 8 * top_k + x.shape[1] * x.itemsize, dtype=torch.uint8, device=x.device)
+    for room, part in zip(unpack(packed, top_k, x.dtype), (x, slots, weights), strict=True):
+        room.copy_(part)
+    return packed
 
 
-def unpack(
-    packed: torch.Tensor, hidden_size: int, dtype: torch.dtype, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `pack` was given."""
-    x, slots, weights = packed.split((hidden_size * dtype.itemsize, top_k * 4, top_k * 4), dim=1)
-    return (
-        x.contiguous().view(dtype),
-        slots.contiguous().view(torch.int32).long(),
-        weights.contiguous().view(torch.float32),
-    )
+def unpack(packed: torch.Tensor, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of what was packed: x of `dtype`, slots int32, weights float32."""
+    slots, weights, x = packed.split((4 * top_k, 4 * top_k, packed.shape[1] - 8 * top_k), dim=1)
+    return x.view(dtype), slots.view(torch.int32), weights.view(torch.float32)

@@ -44,7 +44,10 @@ class Experts(nn.Module):
         self._ids = torch.tensor([*slots[self.ep_rank], self.num_experts], device=device)
 
     def forward(self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] to [N, hidden]: what this rank adds for tokens that go to its `slots` [N, k], -1 being none."""
+        """[N, hidden] to [N, hidden]: what this rank adds for tokens that go to its `slots` [N, k], -1 being none.
+
+        Slots of any integer type, weights [N, k] float32.
+        """
         ids = self._ids[slots].flatten()
         self._tokens.scatter_add_(0, ids, self._one.expand_as(ids))
         return self._run_experts(x, slots, weights, self.gate_up, self.down)

@@ -52,7 +52,7 @@ class Ranks:
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, dying: frozenset[int] = frozenset()
     ) -> list[Any]:
-        """`function(rank, *args)` on every rank; their answers, or AssertionError with a rank's traceback.
+        """`function(rank, *args)` on every rank; their answers, or AssertionError with the tracebacks.
 
         The ranks `dying` must die of it; they answer None, and are started anew.
         """
@@ -68,8 +68,8 @@ class Ranks:
                 assert rank in dying, f"rank {rank} died"
                 answers.append((True, None))
                 self._restart(rank)
-        for rank, (ok, answer) in enumerate(answers):
-            assert ok, f"rank {rank} failed:\n{answer}"
+        failed = [f"rank {rank} failed:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+        assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
 
     def close(self) -> None:

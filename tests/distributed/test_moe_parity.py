@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import Life, Ranks, Steps, forward_steps, free_address
+from rank_processes import CPU, Life, Ranks, Steps, forward_steps, free_address
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.core.plan import ParallelPlan
+from qwen_ray.core.plan import ExpertPlacement, ParallelPlan
 from qwen_ray.core.step import MoveExperts
+from qwen_ray.layers.expert_map import Slots
+from qwen_ray.models import registry
+from qwen_ray.parallel.collectives import Alone
+from qwen_ray.parallel.groups import Groups
+from qwen_ray.worker.weights import open_checkpoint
 
 TOLERANCE = 1e-4
 VOCAB = 131
@@ -136,3 +142,115 @@ def test_logits_equal_those_of_transformers(
     reference = references[name]
     plan = ParallelPlan.of(reference.config, tp=tp, pp=pp, ep=ep, dp_attention=dp_attention)
     reference.check(ranks, plan)
+
+
+def test_with_copies_of_hot_experts(ranks: Ranks, references: dict[str, Reference]) -> None:
+    """Which copy a token goes to changes nothing but its way."""
+    reference = references["qwen2"]
+    layer = ((0, 1, 2, 6, 4), (4, 5, 6, 3, 0))
+    placement = ExpertPlacement(slots=(layer, layer[::-1], layer))
+    for tp, dp_attention in ((2, 1), (1, 2), (2, 2)):
+        plan = ParallelPlan.of(reference.config, tp=tp, ep=2, dp_attention=dp_attention, experts=placement)
+        lives = reference.check(ranks, plan)
+        for shard in plan.shards(reference.config):
+            for i in range(3):
+                own, counts = shard.own_experts(i), lives[shard.rank].expert_tokens[i]
+                assert all(expert in own for expert, count in enumerate(counts) if count)
+                assert sum(counts[expert] for expert in (0, 4, 6)) > 0  # of these, each rank has a copy
+
+
+@pytest.mark.parametrize(("tp", "pp", "ep", "dp_attention"), [(1, 1, 1, 1), (2, 1, 2, 1), (1, 2, 2, 2), (1, 1, 4, 4)])
+def test_every_token_is_counted_once_for_each_of_its_experts(
+    ranks: Ranks, references: dict[str, Reference], tp: int, pp: int, ep: int, dp_attention: int
+) -> None:
+    reference = references["qwen2-sparse-step"]
+    plan = ParallelPlan.of(reference.config, tp=tp, pp=pp, ep=ep, dp_attention=dp_attention)
+    lives = reference.check(ranks, plan)
+    num_tokens = sum(count for part in PARTS[:dp_attention] for chunks, _ in part for _, _, count in chunks)
+    totals: dict[int, int] = {}
+    for shard in plan.shards(reference.config):
+        for layer, counts in zip(shard.layers, lives[shard.rank].expert_tokens, strict=True):
+            assert len(counts) == (7 if layer == 1 else 0)
+            assert all(expert in shard.own_experts(layer) for expert, count in enumerate(counts) if count)
+            totals[layer] = totals.get(layer, 0) + (sum(counts) if shard.expert_tp_rank == 0 else 0)
+    assert totals == {0: 0, 1: 3 * num_tokens, 2: 0}
+
+
+def placement(seed: int, ep: int, num_slots: int) -> Slots:
+    """Seven experts on `ep` ranks, `num_slots` on each: some twice."""
+    order = torch.Generator().manual_seed(seed)
+    experts = torch.randperm(7, generator=order).tolist()
+    ranks = [experts[i::ep] for i in range(ep)]
+    for own in ranks:
+        others = [e for e in torch.randperm(7, generator=order).tolist() if e not in own]
+        own += others[: num_slots - len(own)]
+    return tuple(map(tuple, ranks))
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "ep", "dp_attention"),
+    [(2, 1, 2, 1), (1, 1, 2, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 1, 4, 4), (4, 1, 4, 1)],
+)
+def test_experts_change_places_between_steps(
+    ranks: Ranks, references: dict[str, Reference], tp: int, pp: int, ep: int, dp_attention: int
+) -> None:
+    reference = references["qwen3-mlp-only"]
+    now = {layer: placement(layer, ep, 4) for layer in (1, 2)}
+    experts = ExpertPlacement(slots=((), now[1], now[2]))
+    plan = ParallelPlan.of(reference.config, tp=tp, pp=pp, ep=ep, dp_attention=dp_attention, experts=experts)
+    moves: dict[int, list[MoveExperts]] = {}
+    num_moved = 0
+    for step, layer in enumerate((1, 2, 1, 2)):
+        slots = placement(10 + step, ep, 4)
+        moves.setdefault(step, []).append(MoveExperts(layer=layer, slots=slots))
+        num_moved += sum(len(set(new) - set(own)) for own, new in zip(now[layer], slots, strict=True))
+        now[layer] = slots
+    lives = reference.check(ranks, plan, moves)
+    assert num_moved > 0
+    assert sum(life.num_moved for life in lives) == num_moved * plan.expert_tp
+
+
+@pytest.fixture(scope="module")
+def forced(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A model whose routers send every token to expert 5: the first element of all hidden states is large."""
+    config = Qwen3MoeConfig(**(COMMON | {"num_experts_per_tok": 1}), head_dim=16)
+    reference = Reference(config, tmp_path_factory.mktemp("forced"))
+    state = reference.model.state_dict()
+    state["model.embed_tokens.weight"][:, 0] = 5.0
+    for layer in range(3):
+        router = state[f"model.layers.{layer}.mlp.gate.weight"]
+        router.zero_()
+        router[5, 0] = 3.0
+    reference.save()
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "dp_attention"), [(1, 1, 1), (2, 2, 1), (4, 4, 1), (1, 2, 2), (1, 4, 4), (2, 4, 2), (1, 1, 2)]
+)
+def test_all_tokens_to_one_expert(ranks: Ranks, forced: Reference, tp: int, ep: int, dp_attention: int) -> None:
+    plan = ParallelPlan.of(forced.config, tp=tp, ep=ep, dp_attention=dp_attention)
+    lives = forced.check(ranks, plan)
+    num_tokens = sum(count for part in PARTS[:dp_attention] for chunks, _ in part for _, _, count in chunks)
+    for shard, life in zip(plan.shards(forced.config), lives, strict=True):
+        holds = 5 in shard.own_experts(0)
+        assert life.expert_tokens == ((0, 0, 0, 0, 0, num_tokens if holds else 0, 0),) * 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("tp", "pp", "ep", "dp_attention"), DEGREES)
+def test_every_rank_reads_the_bytes_of_its_own_experts(
+    tmp_path: Path, references: dict[str, Reference], name: str, tp: int, pp: int, ep: int, dp_attention: int
+) -> None:
+    config = references[name].config
+    state = torch.load(references[name].path)
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    for shard in ParallelPlan.of(config, tp=tp, pp=pp, ep=ep, dp_attention=dp_attention).shards(config):
+        model = registry.build(config, shard, Groups(Alone(), device=CPU), CPU, torch.float32, max_len=8)
+        checkpoint = open_checkpoint(tmp_path, config, torch.float32)
+        model.load(checkpoint)
+        checkpoint.check_extra(shard.layers)
+        own = sum(parameter.nbytes for parameter in model.parameters())
+        assert own <= checkpoint.bytes_read <= 1.05 * own

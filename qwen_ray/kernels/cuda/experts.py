@@ -37,7 +37,8 @@ def _run(
     num_slots = gate_up.shape[0]
     # Choices that are not here come last, behind the end of the last group: nobody computes them.
     keys, order = torch.where(slots < 0, num_slots, slots).flatten().sort(stable=True)
-    ends = torch.searchsorted(keys, torch.arange(num_slots, device=x.device), right=True, out_int32=True)
+    groups = torch.arange(num_slots, dtype=keys.dtype, device=x.device)
+    ends = torch.searchsorted(keys, groups, right=True, out_int32=True)
     rows = x[order // slots.shape[1]]
     inner = reference.silu_and_mul(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
     sorted_parts = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)

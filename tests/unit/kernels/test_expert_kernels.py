@@ -65,6 +65,14 @@ def test_the_grouped_product_equals_the_reference(num_tokens: int, num_slots: in
     torch.testing.assert_close(cuda.run_experts(*case), reference.run_experts(*case), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("run_experts", [reference.run_experts, cpu.run_experts, cuda.run_experts])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_slots_of_any_integer_type(run_experts: RunExperts, num_tokens: int) -> None:
+    x, slots, weights, gate_up, down = inputs(num_tokens, 3, 2, 0.3, torch.bfloat16)
+    got = run_experts(x, slots.int(), weights, gate_up, down)
+    assert torch.equal(got, run_experts(x, slots, weights, gate_up, down))
+
+
 def test_what_the_grouped_product_does_not_know_goes_to_the_reference() -> None:
     for case in (inputs(5, 3, 2, 0.3), inputs(5, 3, 2, 0.3, torch.float64)):
         assert torch.equal(cuda.run_experts(*case), reference.run_experts(*case))
