@@ -1,20 +1,40 @@
 """From the wish to the question: Settings, a model and machines make the planner's request.
 
-The one page where a settings key meets a planner field. Decides nothing itself.
+The one page where a settings key meets a planner field. Decides nothing itself, and refuses wishes that do not go
+together.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from qwen_ray.config import ModelSettings, PlanSettings, Settings
+from qwen_ray.core.errors import SettingsError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.planner.candidate import PlanRequest, Slo
+from qwen_ray.planner.experts import ExpertLoadFile
 
 
 def plan_request(
-    settings: Settings, model: ModelSettings, config: ModelConfig, hardware: Hardware, *, dp: int | None = None
+    settings: Settings,
+    model: ModelSettings,
+    config: ModelConfig,
+    hardware: Hardware,
+    *,
+    dp: int | None = None,
+    only_plan: bool = False,
 ) -> PlanRequest:
-    """What `planner.search.plan` is asked for one model; `dp` is a number of copies that must fit, None for any."""
+    """What `planner.search.plan` is asked for one model; `dp` is a number of copies that must fit, None for any.
+
+    `only_plan`: nothing will be started, so what cannot be served may be asked for. Raises SettingsError.
+    """
+    if model.dtype == "fp8" and not only_plan:
+        raise SettingsError(
+            "models.0.dtype: fp8 can be planned with, not served; serve with bfloat16.", field="models.0.dtype"
+        )
+    _refuse_experts_of_none(model, config)
     degrees = model.plan if isinstance(model.plan, PlanSettings) else PlanSettings()
     engine = settings.engine
     return PlanRequest(
@@ -25,6 +45,11 @@ def plan_request(
         tp=degrees.tp,
         pp=degrees.pp,
         dp=dp,
+        ep=degrees.ep,
+        dp_attention=degrees.dp_attention,
+        num_redundant_experts=model.experts.num_redundant_experts,
+        expert_load=_read_expert_load(model.experts.load, config) if model.experts.load else None,
+        eplb_interval=model.experts.rebalance_seconds,
         max_model_len=model.max_model_len,
         slo=Slo(ttft=model.slo.ttft, tpot=model.slo.tpot),
         memory_utilization=engine.gpu_memory_utilization,
@@ -35,3 +60,26 @@ def plan_request(
         max_num_waiting=engine.max_num_waiting,
         enable_prefix_caching=engine.enable_prefix_caching,
     )
+
+
+def _refuse_experts_of_none(model: ModelSettings, config: ModelConfig) -> None:
+    """What is asked of a dense model's experts is an error, not nothing; degrees are the planner's to refuse."""
+    if config.moe:
+        return
+    for key in ("num_redundant_experts", "enable_eplb", "load"):
+        if value := getattr(model.experts, key):
+            field = f"models.0.experts.{key}"
+            raise SettingsError(f"{field}: {model.name} has no experts (got {value!s}).", field=field)
+
+
+def _read_expert_load(file: Path, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    """Raises SettingsError naming the file and what is wrong with it."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}.", field="models.0.experts.load") from error
+    except ValueError as error:
+        raise SettingsError(f"{file}: is not JSON: {error}.", field="models.0.experts.load") from error
+    load = ExpertLoadFile.from_json(value, origin=str(file))
+    load.check(config, origin=str(file))
+    return load.expert_tokens

@@ -55,7 +55,7 @@ def field_of(key: str) -> FieldInfo:
 
 
 def _metavar(annotation: Any) -> str:
-    names = {int: "N", float: "X"}
+    names = {int: "N", float: "X", Path: "FILE"}
     if get_origin(annotation) is Literal:
         return "NAME"
     kinds = [annotation, *get_args(annotation)]

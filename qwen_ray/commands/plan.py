@@ -30,7 +30,7 @@ def run_plan(
     """`hardware` None: this machine. Raises PlanRefused, after showing why, when nothing fits."""
     model = settings.models[0]
     config = family_config(settings)
-    request = plan_request(settings, model, config, hardware or this_machine())
+    request = plan_request(settings, model, config, hardware or this_machine(), only_plan=True)
     if context is not None:
         try:
             request = replace(request, max_model_len=parse_tokens(context))

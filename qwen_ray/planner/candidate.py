@@ -12,7 +12,7 @@ from qwen_ray.core.hardware import Hardware
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
 from qwen_ray.planner.cost import Estimate
-from qwen_ray.planner.memory import RankMemory
+from qwen_ray.planner.memory import RankMemory, compute_dtype
 from qwen_ray.planner.placement import Replica
 
 
@@ -31,7 +31,8 @@ class PlanRequest:
     `concurrency` is the number of requests at once over all replicas, of `prompt_len` and `output_len` tokens; they
     only serve the estimates. `memory_utilization` is the part of a device's (on CPU: a node's) memory that may be used.
     `kv_memory_bytes` is the KV cache of the rank that holds most of it. `device` is cuda or cpu; None: GPUs where there
-    are any.
+    are any. `dtype` may be fp8, of which weights are made and nothing else is. `expert_load` is tokens by layer and
+    expert; `num_redundant_experts` are copies in each layer with experts.
     """
 
     config: ModelConfig
@@ -41,6 +42,11 @@ class PlanRequest:
     tp: int | None = None
     pp: int | None = None
     dp: int | None = None
+    ep: int | None = None
+    dp_attention: int | None = None
+    num_redundant_experts: int = 0
+    expert_load: tuple[tuple[float, ...], ...] | None = None
+    eplb_interval: float | None = None  # seconds; not looked at, only handed on
     max_model_len: int | None = None
     concurrency: int = 64
     prompt_len: int = 1024
@@ -57,8 +63,13 @@ class PlanRequest:
     device: str | None = None
 
     @property
-    def compute_dtype(self) -> str:
+    def weight_dtype(self) -> str:
         return self.dtype or self.config.dtype
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of activations and KV cache."""
+        return compute_dtype(self.weight_dtype)
 
     @property
     def kind(self) -> str:
@@ -101,19 +112,26 @@ class Candidate:
         return self.reason is None
 
     @property
+    def degrees(self) -> str:
+        """Of one replica: `tp=4 pp=2`, and of a model with experts those of them too."""
+        plan = self.plan
+        text = f"tp={plan.tp} pp={plan.pp}"
+        return f"{text} ep={plan.ep} dp_attention={plan.dp_attention}" if self.request.config.moe else text
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Of all ranks of one replica together."""
-        return sum(rank.kv_per_block for rank in self.ranks) // self.engine.block_size
+        """Of all ranks that hold a part of one sequence: those of one dp rank."""
+        return sum(rank.kv_per_block for rank in self.ranks) // self.engine.block_size // self.plan.dp_attention
 
     @property
     def num_kv_tokens(self) -> int:
-        """That one replica can hold."""
-        return self.engine.num_kv_tokens
+        """That one replica can hold, all dp ranks together."""
+        return self.engine.num_kv_tokens * self.plan.dp_attention
 
     @property
     def max_sequences(self) -> int:
         """That one replica can hold at full length."""
-        return self.num_kv_tokens // self.engine.max_model_len
+        return self.engine.num_kv_tokens // self.engine.max_model_len * self.plan.dp_attention
 
     @property
     def is_full_context(self) -> bool:
@@ -126,7 +144,7 @@ class Candidate:
     def engine_config(self) -> EngineConfig:
         """Raises PlanRefused for a candidate that does not fit."""
         if self.reason is not None:
-            raise PlanRefused(f"tp={self.plan.tp} pp={self.plan.pp} does not fit.", inequality=self.reason)
+            raise PlanRefused(f"{self.degrees} does not fit.", inequality=self.reason)
         return self.engine
 
     def replica_spec(self, *, name: str, path: str, load_format: str = "auto") -> ReplicaSpec:
@@ -141,6 +159,7 @@ class Candidate:
             device=self.request.kind,
             load_format=load_format,
             num_threads=self.num_threads,
+            eplb_interval=self.request.eplb_interval,
         )
 
 
@@ -158,10 +177,9 @@ class PlanReport:
         if self.chosen is not None:
             return self.chosen
         closest = self.candidates[0]
-        plan = closest.plan
         what = self.request.model or f"the {self.request.config.architecture} model"
         message = (
-            f"{what} ({self.request.compute_dtype}) does not fit {self.request.hardware.description}; closest was "
-            f"tp={plan.tp} pp={plan.pp}: {closest.reason}."
+            f"{what} ({self.request.weight_dtype}) does not fit {self.request.hardware.description}; closest was "
+            f"{closest.degrees}: {closest.reason}."
         )
         raise PlanRefused(" ".join((message, *self.advice)), inequality=closest.reason)

@@ -10,19 +10,35 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 from qwen_ray.core.hardware import GIB
-from qwen_ray.core.model_config import DTYPE_BYTES
-from qwen_ray.core.plan import EngineConfig, ParallelPlan, Span
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.plan import EngineConfig, ExpertPlacement, ParallelPlan, Span
 from qwen_ray.planner.candidate import Candidate, PlanRequest
 from qwen_ray.planner.cost import Estimate, Site, estimate
-from qwen_ray.planner.memory import RankMemory, in_words, num_layer_weights, rank_memory
+from qwen_ray.planner.experts import balance, even_slots, imbalance
+from qwen_ray.planner.memory import RankMemory, in_words, layer_weights, rank_memory
 from qwen_ray.planner.placement import Replica, divide_layers, node_memory, place_on_cpus, place_on_gpus
 
 # A CPU node's memory belongs to others too: unless asked for more, KV caches take this much of it.
 CPU_KV_BYTES = 4 * GIB
 CPU_KV_FRACTION = 0.25
+FP8_BLOCK = 128  # weights in either direction that share a scale
+
+
+class Degrees(NamedTuple):
+    """Of one stage."""
+
+    tp: int
+    dp_attention: int = 1
+    ep: int = 1
+
+    @property
+    def stage_size(self) -> int:
+        return self.tp * self.dp_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +59,14 @@ class Pool:
         return sum(rank.total(num_blocks) for rank in self.ranks)
 
 
-def evaluate(request: PlanRequest, tp: int, pp: int) -> Candidate:
+def evaluate(request: PlanRequest, degrees: Degrees, pp: int) -> Candidate:
     """The candidate of these degrees: placed and estimated, or with the reason why it cannot hold."""
     contexts = _contexts(request)
-    candidate = _evaluate(request, tp, pp, next(contexts))
+    candidate = _evaluate(request, degrees, pp, next(contexts))
     for context in contexts:
         if candidate.fits:
             break
-        candidate = _evaluate(request, tp, pp, context)
+        candidate = _evaluate(request, degrees, pp, context)
     return candidate
 
 
@@ -64,9 +80,17 @@ def _contexts(request: PlanRequest) -> Iterator[int]:
         yield context
 
 
-def _evaluate(request: PlanRequest, tp: int, pp: int, context: int) -> Candidate:
+def _evaluate(request: PlanRequest, degrees: Degrees, pp: int, context: int) -> Candidate:
     config, nodes, kind = request.config, request.hardware.nodes, request.kind
-    plan = ParallelPlan.of(config, tp=tp, pp=pp, dp=request.dp or 1)
+    plan = ParallelPlan.of(
+        config,
+        tp=degrees.tp,
+        pp=pp,
+        dp=request.dp or 1,
+        ep=degrees.ep,
+        dp_attention=degrees.dp_attention,
+        experts=_place_experts(config, degrees.ep, request.num_redundant_experts, request.expert_load),
+    )
     engine = EngineConfig(
         num_blocks=0,
         block_size=request.block_size,
@@ -76,11 +100,17 @@ def _evaluate(request: PlanRequest, tp: int, pp: int, context: int) -> Candidate
         max_num_waiting=request.max_num_waiting,
         enable_prefix_caching=request.enable_prefix_caching,
         depth=pp,
+        dp_attention=plan.dp_attention,
     )
     draft = Candidate(request=request, plan=plan, engine=engine)
-    replicas = place_on_cpus(nodes, pp=pp, dp=request.dp) if kind == "cpu" else place_on_gpus(nodes, tp=tp, pp=pp)
+    if broken := _broken_blocks(request, plan):
+        return replace(draft, reason=broken)
+    if kind == "cpu":
+        replicas = place_on_cpus(nodes, pp=pp, dp=request.dp)
+    else:
+        replicas = place_on_gpus(nodes, stage_size=plan.stage_size, pp=pp)
     if len(replicas) < plan.dp:
-        return replace(draft, reason=_too_few_devices(request, tp, pp))
+        return replace(draft, reason=_too_few_devices(request, plan))
 
     plan = replace(plan, stages=_divide(draft, replicas[0]))
     draft = replace(draft, plan=plan, ranks=_weigh(request, plan, engine))
@@ -99,9 +129,24 @@ def _evaluate(request: PlanRequest, tp: int, pp: int, context: int) -> Candidate
     return _accept(draft, tuple(replicas[i] for i in sorted(kept)), tightest, needed)
 
 
+@lru_cache(maxsize=64)  # it is the same for many candidates, and not the least of their cost
+def _place_experts(
+    config: ModelConfig, ep: int, num_redundant: int, expert_load: tuple[tuple[float, ...], ...] | None
+) -> ExpertPlacement | None:
+    """As their load asks; where it is not known, each expert counts the same. None: dealt out in order."""
+    moe = config.moe
+    if moe is None or not (num_redundant or expert_load):
+        return None
+    num_slots = even_slots(moe.num_experts, ep, num_redundant)
+    if expert_load:
+        return balance(expert_load, ep=ep, num_slots=num_slots)
+    (layer,) = balance([(1.0,) * moe.num_experts], ep=ep, num_slots=num_slots).slots
+    return ExpertPlacement(slots=tuple(layer if config.is_sparse(i) else () for i in range(config.num_hidden_layers)))
+
+
 def _weigh(request: PlanRequest, plan: ParallelPlan, engine: EngineConfig) -> tuple[RankMemory, ...]:
     shards = plan.shards(request.config)
-    return tuple(rank_memory(request.config, s, request.compute_dtype, engine, request.kind) for s in shards)
+    return tuple(rank_memory(request.config, s, request.weight_dtype, engine, request.kind) for s in shards)
 
 
 def _divide(draft: Candidate, replica: Replica) -> tuple[Span, ...]:
@@ -111,9 +156,9 @@ def _divide(draft: Candidate, replica: Replica) -> tuple[Span, ...]:
         return even.stages
     room: list[int] = []
     for stage, index in enumerate(replica):
-        shard = even.shard(request.config, stage * even.tp)
-        held = rank_memory(request.config, shard, request.compute_dtype, draft.engine, request.kind)
-        layers = num_layer_weights(request.config, shard) * DTYPE_BYTES[request.compute_dtype]
+        shard = even.shard(request.config, stage * even.stage_size)
+        held = rank_memory(request.config, shard, request.weight_dtype, draft.engine, request.kind)
+        layers = layer_weights(request.config, shard).num_bytes(request.weight_dtype)
         usable = request.hardware.nodes[index].device.memory_bytes * request.memory_utilization
         room.append(int(usable) - held.fixed + layers)
     return divide_layers(request.config.num_hidden_layers, room)
@@ -142,7 +187,7 @@ def _asked_blocks(draft: Candidate) -> int | None:
 
 def _pools_of_gpus(draft: Candidate, replicas: Sequence[Replica]) -> list[Pool]:
     """For each replica, the GPU that has the least room for KV cache."""
-    request, tp = draft.request, draft.plan.tp
+    request, stage_size = draft.request, draft.plan.stage_size
     known: dict[tuple[str, ...], Pool] = {}
     tightest: list[Pool] = []
     for replica in replicas:
@@ -151,9 +196,9 @@ def _pools_of_gpus(draft: Candidate, replicas: Sequence[Replica]) -> list[Pool]:
         if kinds not in known:
             pools = [
                 Pool(
-                    name=f"rank {rank.rank}'s {devices[rank.rank // tp].name}",
-                    num_bytes=devices[rank.rank // tp].memory_bytes,
-                    usable=int(devices[rank.rank // tp].memory_bytes * request.memory_utilization),
+                    name=f"rank {rank.rank}'s {devices[rank.rank // stage_size].name}",
+                    num_bytes=devices[rank.rank // stage_size].memory_bytes,
+                    usable=int(devices[rank.rank // stage_size].memory_bytes * request.memory_utilization),
                     ranks=(rank,),
                 )
                 for rank in draft.ranks
@@ -165,11 +210,11 @@ def _pools_of_gpus(draft: Candidate, replicas: Sequence[Replica]) -> list[Pool]:
 
 def _pools_of_nodes(draft: Candidate, replicas: Sequence[Replica]) -> list[Pool]:
     """For each replica, the CPU node with the least room among those it stands on; replicas share nodes."""
-    request, tp = draft.request, draft.plan.tp
+    request, stage_size = draft.request, draft.plan.stage_size
     held: dict[int, list[RankMemory]] = {}
     for replica in replicas:
         for rank in draft.ranks:
-            held.setdefault(replica[rank.rank // tp], []).append(rank)
+            held.setdefault(replica[rank.rank // stage_size], []).append(rank)
     pools: dict[int, Pool] = {}
     for index, ranks in held.items():
         node = request.hardware.nodes[index]
@@ -200,19 +245,19 @@ def _accept(draft: Candidate, replicas: tuple[Replica, ...], tightest: Pool, nee
         engine=engine,
         ranks=_weigh(request, plan, engine),
         placement=replicas,
-        num_threads=_threads(request, plan.tp, replicas),
+        num_threads=_threads(request, plan.stage_size, replicas),
     )
     fitted = replace(fitted, estimate=_estimate(fitted))
     return replace(fitted, miss=_missed_aims(fitted))
 
 
-def _ranks_on(replicas: Sequence[Replica], tp: int) -> Counter[int]:
+def _ranks_on(replicas: Sequence[Replica], stage_size: int) -> Counter[int]:
     """How many ranks each node holds."""
-    return Counter({i: n * tp for i, n in Counter(i for replica in replicas for i in replica).items()})
+    return Counter({i: n * stage_size for i, n in Counter(i for replica in replicas for i in replica).items()})
 
 
-def _threads(request: PlanRequest, tp: int, replicas: Sequence[Replica]) -> int:
-    ranks = _ranks_on(replicas, tp)
+def _threads(request: PlanRequest, stage_size: int, replicas: Sequence[Replica]) -> int:
+    ranks = _ranks_on(replicas, stage_size)
     return max(1, min(request.hardware.nodes[i].num_cores // n for i, n in ranks.items()))
 
 
@@ -222,17 +267,19 @@ def _estimate(fitted: Candidate) -> Estimate:
     output_len = min(request.output_len, max(1, engine.max_model_len // 2))
     prompt_len = max(1, min(request.prompt_len, engine.max_model_len - output_len))
     wanted = math.ceil(request.concurrency / plan.dp)
-    room = engine.num_kv_tokens // (prompt_len + output_len)
+    room = min(engine.max_num_seqs, engine.num_kv_tokens // (prompt_len + output_len)) * plan.dp_attention
+    load = request.expert_load
     found = [
         estimate(
             request.config,
             plan,
-            request.compute_dtype,
+            request.weight_dtype,
             sites,
-            num_running=max(1, min(wanted, engine.max_num_seqs, room)),
+            num_running=max(1, min(wanted, room)),
             prompt_len=prompt_len,
             output_len=output_len,
             max_num_batched_tokens=engine.max_num_batched_tokens,
+            imbalance=imbalance(load, plan.experts) if load and plan.experts else 1.0,
         )
         for sites in _unlike_sites(fitted)
     ]
@@ -242,7 +289,7 @@ def _estimate(fitted: Candidate) -> Estimate:
 def _unlike_sites(fitted: Candidate) -> Iterable[tuple[Site, ...]]:
     """The stages' sites of one replica of every sort: those alike in devices and hops are equally fast."""
     nodes, is_shared = fitted.request.hardware.nodes, fitted.request.kind == "cpu"
-    load = _ranks_on(fitted.placement, fitted.plan.tp)
+    load = _ranks_on(fitted.placement, fitted.plan.stage_size)
     shares = {i: max(1.0, n / nodes[i].num_devices) if is_shared else 1.0 for i, n in load.items()}
     sorts: dict[tuple[object, ...], Replica] = {}
     for replica in fitted.placement:
@@ -262,13 +309,23 @@ def _missed_aims(fitted: Candidate) -> str | None:
     return ", ".join(missed) or None
 
 
-def _too_few_devices(request: PlanRequest, tp: int, pp: int) -> str:
+def _broken_blocks(request: PlanRequest, plan: ParallelPlan) -> str | None:
+    """Why experts in FP8 cannot be cut so: their scales are those of whole blocks."""
+    if request.weight_dtype != "fp8" or request.config.moe is None:
+        return None
+    for part in {len(shard.expert_intermediate) for shard in plan.shards(request.config)}:
+        if part % FP8_BLOCK:
+            return f"parts of {part} of each expert: {part} mod {FP8_BLOCK} = {part % FP8_BLOCK} > 0 (an FP8 block)"
+    return None
+
+
+def _too_few_devices(request: PlanRequest, plan: ParallelPlan) -> str:
     largest = max(node.num_devices for node in request.hardware.nodes)
-    if tp > largest:
-        return f"tp {tp} > {largest} devices of the largest node"
-    dp = request.dp or 1
-    total = f"{tp * pp * dp} devices > {request.hardware.num_devices}"
-    return f"tp {tp} x pp {pp} x dp {dp} = {total} in groups of {tp} on one node"
+    stage = f"tp {plan.tp}" + (f" x dp_attention {plan.dp_attention}" if plan.dp_attention > 1 else "")
+    if plan.stage_size > largest:
+        return f"{stage} > {largest} devices of the largest node"
+    total = f"{plan.world_size * plan.dp} devices > {request.hardware.num_devices}"
+    return f"{stage} x pp {plan.pp} x dp {plan.dp} = {total} in groups of {plan.stage_size} on one node"
 
 
 def _inequality(request: PlanRequest, pool: Pool, num_blocks: int) -> str:

@@ -7,9 +7,10 @@ speeds or which plan is best. The layers cut their weights by the same `Shard`; 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig
-from qwen_ray.core.plan import INTERMEDIATE_UNIT, EngineConfig, Shard, split_evenly
+from qwen_ray.core.plan import EngineConfig, ParallelPlan, Shard, Span
 from qwen_ray.core.step import MAX_PROMPT_LOGITS
 
 MIB = 2**20
@@ -21,6 +22,9 @@ CUDA_CONTEXT_BYTES = 700 * MIB
 NCCL_BYTES = 500 * MIB
 # Of the sampler, per row and token of the vocabulary: logits, scaled ones, their exponentials, copies for logprobs.
 SAMPLER_BYTES = 28
+# Of the experts' kernels: rows of hidden states, one per token and choice, that are computed at once.
+PARTS_AT_ONCE = 16384
+CHOICE_BYTES = 16  # a token's expert: its id or slot in 8 bytes, its weight in 4, and room for order
 # A CPU rank's interpreter with torch and Ray. Stated, not counted: it is there whatever the model.
 CPU_PROCESS_BYTES = 450 * MIB
 
@@ -60,46 +64,137 @@ class RankMemory:
         return self.weights + self.tables + self.kv_per_block * num_blocks
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What a rank holds, or reads, of the model: parameters by what they are part of."""
+
+    attention: int = 0
+    mlp: int = 0  # dense ones
+    experts: int = 0
+    shared_experts: int = 0
+    ends: int = 0  # embedding and head
+    rest: int = 0  # norms, routers, gates of shared experts
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.mlp + self.experts + self.shared_experts + self.ends + self.rest
+
+    def bytes_by_part(self, dtype: str) -> dict[str, int]:
+        """fp8: matrices of layers in 1 byte, ends and the rest in bfloat16, as in Qwen's FP8 checkpoints.
+
+        Their scales, 4 bytes for each 128 x 128 weights, are left out.
+        """
+        wide = DTYPE_BYTES[compute_dtype(dtype)]
+        narrow = 1 if dtype == "fp8" else wide
+        return {
+            "attention": self.attention * narrow,
+            "MLPs": self.mlp * narrow,
+            "experts": self.experts * narrow,
+            "shared experts": self.shared_experts * narrow,
+            "embedding and head": self.ends * wide,
+            "norms and routers": self.rest * wide,
+        }
+
+    def num_bytes(self, dtype: str) -> int:
+        return sum(self.bytes_by_part(dtype).values())
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(
+            attention=self.attention + other.attention,
+            mlp=self.mlp + other.mlp,
+            experts=self.experts + other.experts,
+            shared_experts=self.shared_experts + other.shared_experts,
+            ends=self.ends + other.ends,
+            rest=self.rest + other.rest,
+        )
+
+    def __sub__(self, other: Weights) -> Weights:
+        return Weights(
+            attention=self.attention - other.attention,
+            mlp=self.mlp - other.mlp,
+            experts=self.experts - other.experts,
+            shared_experts=self.shared_experts - other.shared_experts,
+            ends=self.ends - other.ends,
+            rest=self.rest - other.rest,
+        )
+
+
+def compute_dtype(dtype: str) -> str:
+    """Of activations and KV cache, beside weights of `dtype`."""
+    return "bfloat16" if dtype == "fp8" else dtype
+
+
 def rank_memory(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> RankMemory:
-    """`engine.num_blocks` is not looked at; `kind` is the device's: cuda or cpu."""
-    width = DTYPE_BYTES[dtype]
+    """`engine.num_blocks` is not looked at; `dtype` is that of the weights; `kind` is the device's: cuda or cpu."""
+    width = DTYPE_BYTES[compute_dtype(dtype)]
     kv_per_block = num_kv_elements(config, shard) * engine.block_size * width
     return RankMemory(
         rank=shard.rank,
-        weights=num_weights(config, shard) * width,
+        weights=rank_weights(config, shard).num_bytes(dtype),
         tables=engine.max_model_len * config.head_dim * width,
         kv_per_block=kv_per_block,
         gather_per_block=kv_per_block // len(shard.layers) if kind == "cpu" else 0,
-        activations=activation_bytes(config, shard, dtype, engine, kind),
+        activations=activation_bytes(config, shard, compute_dtype(dtype), engine, kind),
         reserve=reserve_bytes(shard, kind),
     )
 
 
-def num_weights(config: ModelConfig, shard: Shard) -> int:
-    """Parameters that a rank holds."""
+def rank_weights(config: ModelConfig, shard: Shard) -> Weights:
+    """All that a rank holds."""
     copies = int(shard.is_first) + int(shard.is_last)
     if config.tie_word_embeddings and shard.num_stages == 1:
         copies = 1  # one stage embeds and heads with the same matrix; apart, each end holds its own copy
     ends = copies * len(shard.vocab) * config.hidden_size
-    return num_layer_weights(config, shard) + ends + (config.hidden_size if shard.is_last else 0)
+    return layer_weights(config, shard) + Weights(ends=ends, rest=config.hidden_size if shard.is_last else 0)
 
 
-def num_layer_weights(config: ModelConfig, shard: Shard, *, experts_read: float | None = None) -> int:
-    """Parameters of a rank's layers; `experts_read`: of each sparse layer count only so many of its experts."""
-    hidden, head_dim = config.hidden_size, config.head_dim
+def layer_weights(config: ModelConfig, shard: Shard) -> Weights:
+    """Of a rank's layers."""
+    hidden, head_dim, num_layers = config.hidden_size, config.head_dim, len(shard.layers)
     q, kv = len(shard.heads) * head_dim, len(shard.kv_heads) * head_dim
-    attention = 2 * hidden * (q + kv) + (q + 2 * kv if config.qkv_bias else 0) + (2 * head_dim if config.qk_norm else 0)
-    num_sparse = sum(map(config.is_sparse, shard.layers)) if config.moe else 0
-    dense = 3 * hidden * len(shard.intermediate)
-    total = len(shard.layers) * (attention + 2 * hidden) + (len(shard.layers) - num_sparse) * dense
-    if config.moe and num_sparse:
-        moe = config.moe
-        num_experts = moe.num_experts if experts_read is None else experts_read
-        sparse = hidden * moe.num_experts + num_experts * 3 * hidden * _cut(moe.moe_intermediate_size, shard)
-        if moe.shared_expert_intermediate_size:
-            sparse += 3 * hidden * _cut(moe.shared_expert_intermediate_size, shard) + hidden
-        total += round(num_sparse * sparse)
-    return total
+    attention = 2 * hidden * (q + kv) + (q + 2 * kv if config.qkv_bias else 0)
+    norms = 2 * hidden + (2 * head_dim if config.qk_norm else 0)
+    num_sparse = num_sparse_layers(config, shard)
+    shared = 3 * hidden * len(shard.shared_intermediate)
+    router = hidden * ((config.moe.num_experts if config.moe else 0) + int(shared > 0))
+    return Weights(
+        attention=num_layers * attention,
+        mlp=(num_layers - num_sparse) * 3 * hidden * len(shard.intermediate),
+        experts=num_sparse * num_slots(shard) * expert_weights(config, shard),
+        shared_experts=num_sparse * shared,
+        rest=num_layers * norms + num_sparse * router,
+    )
+
+
+def expert_weights(config: ModelConfig, shard: Shard) -> int:
+    """Of one expert, what a rank holds of those in its slots."""
+    return 3 * config.hidden_size * len(shard.expert_intermediate)
+
+
+def num_slots(shard: Shard) -> int:
+    """For experts, in each of a rank's layers that has any."""
+    return shard.experts.num_slots(shard.ep_rank) if shard.experts else 0
+
+
+def num_sparse_layers(config: ModelConfig, shard: Shard) -> int:
+    """Layers of a rank's stage that have experts."""
+    return _num_sparse(config, shard.layers) if config.moe else 0
+
+
+@lru_cache(maxsize=4096)
+def _num_sparse(config: ModelConfig, layers: Span) -> int:
+    return sum(map(config.is_sparse, layers))
+
+
+def copied_weights(config: ModelConfig, plan: ParallelPlan) -> Weights:
+    """What the ranks of one replica hold beyond one copy of the model."""
+    ranks = sum((rank_weights(config, shard) for shard in plan.shards(config)), Weights())
+    return ranks - model_weights(config)
+
+
+def model_weights(config: ModelConfig) -> Weights:
+    """Of the checkpoint: what a rank alone would hold."""
+    return rank_weights(config, ParallelPlan.of(config).shard(config, 0))
 
 
 def num_kv_elements(config: ModelConfig, shard: Shard) -> int:
@@ -121,14 +216,39 @@ def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: Engi
         # One chunk at a time: its sequence's keys and values, once more for every query head, and its mask, which is
         # booleans first and numbers in the fused kernel.
         attention += 2 * context * (kv + q) * width + min(tokens, context) * context * (1 + width)
-    mlp = tokens * 3 * max(len(shard.intermediate), _cut_expert(config, shard)) * width  # gate and up, their product
-    layer = 2 * tokens * hidden * width + max(attention, mlp)
+    num_sparse = num_sparse_layers(config, shard)
+    # gate and up, their product
+    mlp = tokens * 3 * len(shard.intermediate) * width if num_sparse < len(shard.layers) else 0
+    experts = expert_activation_bytes(config, shard, dtype, engine) if num_sparse else 0
+    layer = 2 * tokens * hidden * width + max(attention, mlp, experts)
     rows = min(engine.max_num_seqs, tokens)
     prompt_rows = min(MAX_PROMPT_LOGITS, tokens)
     ends = rows * len(shard.vocab) * 4
     if shard.samples:
         ends = config.vocab_size * (rows * SAMPLER_BYTES + prompt_rows * (4 + width))
     return max(layer, ends if shard.is_last else 0)
+
+
+def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig) -> int:
+    """Of a layer with experts, when every token of every dp rank comes to this rank."""
+    assert config.moe is not None, "a dense model has no experts"
+    width, hidden = DTYPE_BYTES[dtype], config.hidden_size
+    num_choices, own = config.moe.num_experts_per_tok, engine.max_num_batched_tokens
+    # Router: logits as computed and in float32, their softmax; weights and ids. The shared expert; the partial sums.
+    router = own * (config.moe.num_experts * (width + 8) + num_choices * CHOICE_BYTES)
+    mine = router + own * (3 * len(shard.shared_intermediate) + hidden) * width
+    rows = own * shard.dp_size
+    if shard.dp_size > 1:
+        # What is sent: rows in order of destination, one for each rank at most; what comes; what goes back; what is
+        # back. With each row its slots and weights.
+        sent = min(num_choices, shard.ep_size) * shard.expert_tp_size * -(-own // shard.tp_size)
+        mine += (sent + rows) * (2 * hidden * width + num_choices * CHOICE_BYTES)
+    else:
+        mine += rows * hidden * width
+    parts = min(PARTS_AT_ONCE, rows * num_choices)
+    # Gathered rows, gate and up, their product, and what the experts give: in order of experts, and of tokens.
+    piece = parts * (3 * hidden + 3 * len(shard.expert_intermediate)) * width
+    return mine + piece + parts // num_choices * hidden * 4  # summed in float32
 
 
 def reserve_bytes(shard: Shard, kind: str) -> int:
@@ -140,17 +260,3 @@ def reserve_bytes(shard: Shard, kind: str) -> int:
 def in_words(num_bytes: float) -> str:
     """`1.23 GB`, or `4.5 MB` where that would be nothing."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 or not num_bytes else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _cut(size: int, shard: Shard) -> int:
-    """A rank's part of an expert's intermediate size, cut as `ParallelPlan.shard` cuts the dense one."""
-    unit = INTERMEDIATE_UNIT if size % INTERMEDIATE_UNIT == 0 else 1
-    return unit * len(split_evenly(size // unit, shard.tp_size)[shard.tp_rank])
-
-
-def _cut_expert(config: ModelConfig, shard: Shard) -> int:
-    moe = config.moe
-    if moe is None:
-        return 0
-    routed = moe.num_experts_per_tok * _cut(moe.moe_intermediate_size, shard)
-    return routed + _cut(moe.shared_expert_intermediate_size, shard)

@@ -1,7 +1,7 @@
 """Where things go: stages onto nodes, layers onto stages.
 
 Knows how many devices and bytes nodes have. Knows nothing of what a rank holds beyond the numbers it is given, nor of
-speed. Tensor-parallel ranks of a stage stay inside a node; stages may cross.
+speed. The ranks of a stage stay inside a node, as they exchange much in every layer; stages may cross.
 
 A GPU belongs to one rank. A CPU node is shared by as many ranks as memory allows, so there stages go where least is.
 """
@@ -17,12 +17,12 @@ from qwen_ray.core.plan import Span
 Replica = tuple[int, ...]  # for each stage, the index of its node
 
 
-def place_on_gpus(nodes: Sequence[Node], *, tp: int, pp: int) -> list[Replica]:
+def place_on_gpus(nodes: Sequence[Node], *, stage_size: int, pp: int) -> list[Replica]:
     """As many replicas as there is room for, whole ones inside a node first: that costs no replica, and saves hops."""
     whole: list[Replica] = []
     rest: list[int] = []
     for index, node in enumerate(nodes):
-        inside, left = divmod(node.num_devices // tp, pp)
+        inside, left = divmod(node.num_devices // stage_size, pp)
         whole += [(index,) * pp] * inside
         rest += [index] * left
     return whole + [tuple(rest[i : i + pp]) for i in range(0, len(rest) - pp + 1, pp)]

@@ -1,6 +1,7 @@
 """Which division of a model over the hardware is best, or why there is none.
 
-`plan` tries every tensor degree that a node allows with the pipeline degrees that can matter, lets `fit` judge each,
+`plan` tries every tensor degree that a node allows with the pipeline degrees that can matter, and for experts how many
+ranks may share them and how many copies of the attention these may make. It lets `fit` judge each,
 fills what is left with replicas, and takes the one with the most throughput among those that hold the whole context
 and meet the aims. Pure arithmetic: a thousand GPUs are some hundred candidates.
 """
@@ -13,13 +14,14 @@ from dataclasses import replace
 
 from qwen_ray.core.errors import PlanRefused
 from qwen_ray.core.hardware import GIB, Hardware
-from qwen_ray.core.model_config import DTYPE_BYTES
 from qwen_ray.core.plan import ParallelPlan, split_heads
 from qwen_ray.planner.candidate import Candidate, PlanReport, PlanRequest
 from qwen_ray.planner.cost import Estimate
-from qwen_ray.planner.fit import evaluate
+from qwen_ray.planner.fit import Degrees, evaluate
+from qwen_ray.planner.memory import model_weights
 
 GPUS_PER_NODE = 8  # of the machines that advice is given in; up to here every tensor degree is tried
+MAX_STAGE_SIZE = 64  # ranks that share experts
 MAX_ADVISED_NODES = 64
 
 
@@ -41,10 +43,10 @@ def _search(request: PlanRequest) -> PlanReport:
     request = replace(request, hardware=Hardware(nodes=tuple(nodes)))
 
     candidates: list[Candidate] = []
-    for tp in _tensor_degrees(request):
+    for degrees in _stage_degrees(request):
         num_full = 0
-        for pp in _pipeline_degrees(request, tp):
-            candidate = evaluate(request, tp, pp)
+        for pp in _pipeline_degrees(request, degrees.stage_size):
+            candidate = evaluate(request, degrees, pp)
             candidates.append(candidate)
             num_full += candidate.fits and candidate.is_full_context
             if num_full == 2:
@@ -52,6 +54,43 @@ def _search(request: PlanRequest) -> PlanReport:
     candidates.sort(key=_demerit)
     return PlanReport(
         request=request, candidates=tuple(candidates), chosen=candidates[0] if candidates[0].fits else None
+    )
+
+
+def _stage_degrees(request: PlanRequest) -> Sequence[Degrees]:
+    """How the ranks of a stage may divide its work. Raises PlanRefused where there is no such way."""
+    config, ep, copies = request.config, request.ep, request.dp_attention
+    if config.moe is None and (request.num_redundant_experts or request.expert_load):
+        raise PlanRefused("Copies of experts and their load are for a model with experts; this one is dense.")
+    if config.moe is None or request.kind == "cpu":
+        return [Degrees(tp, copies or max(1, (ep or 1) // tp), ep or 1) for tp in _tensor_degrees(request)]
+    largest = max(node.num_devices for node in request.hardware.nodes)
+    sizes = {math.lcm((request.tp or 1) * (copies or 1), ep or 1), min(largest, MAX_STAGE_SIZE)}
+    sizes |= {2**i for i in range(min(largest, MAX_STAGE_SIZE).bit_length())}
+    # Experts cut over tensor ranks; whole experts, dealt to all ranks of the stage or as many as are asked for.
+    degrees = _tensor_degrees(request)
+    found = dict.fromkeys(Degrees(tp) for tp in degrees)
+    found |= dict.fromkeys(
+        Degrees(tp, size // tp, ep or size) for size in sorted(sizes) for tp in degrees if size % tp == 0
+    )
+    possible = [one for one in found if _is_possible(request, config.moe.num_experts, one)]
+    if not possible:
+        ParallelPlan.of(config, tp=request.tp or 1, ep=ep or 1, dp_attention=copies)
+        raise PlanRefused(
+            f"{request.num_redundant_experts} redundant experts are more than can lie on different expert ranks.",
+            inequality=f"{request.num_redundant_experts} > {config.moe.num_experts} x ({ep or largest} - 1)",
+        )
+    return possible
+
+
+def _is_possible(request: PlanRequest, num_experts: int, degrees: Degrees) -> bool:
+    asked = (request.tp, request.dp_attention, request.ep)
+    return (
+        all(wish in (None, degree) for wish, degree in zip(asked, degrees, strict=True))
+        and degrees.stage_size % degrees.ep == 0
+        and degrees.tp <= request.config.num_attention_heads
+        and degrees.ep <= num_experts
+        and request.num_redundant_experts <= num_experts * (degrees.ep - 1)
     )
 
 
@@ -72,13 +111,13 @@ def _tensor_degrees(request: PlanRequest) -> Sequence[int]:
     return degrees
 
 
-def _pipeline_degrees(request: PlanRequest, tp: int) -> Iterator[int]:
+def _pipeline_degrees(request: PlanRequest, stage_size: int) -> Iterator[int]:
     """Of all degrees that there is room for, those whose largest stage is smaller than with one stage less."""
     if request.pp is not None:
         yield request.pp
         return
     num_layers, nodes = request.config.num_hidden_layers, request.hardware.nodes
-    num_stages = len(nodes) if request.kind == "cpu" else sum(node.num_devices // tp for node in nodes)
+    num_stages = len(nodes) if request.kind == "cpu" else sum(node.num_devices // stage_size for node in nodes)
     largest = 0
     for pp in range(1, min(num_layers, max(num_stages, 1)) + 1):
         if math.ceil(num_layers / pp) != largest:
@@ -105,9 +144,9 @@ def _overshoot(request: PlanRequest, estimated: Estimate) -> float:
 def _advice(report: PlanReport) -> Iterator[str]:
     """What would fit: other degrees, a shorter context, or more of such devices."""
     request = report.request
-    free = replace(request, tp=None, pp=None, dp=None)
+    free = replace(request, tp=None, pp=None, dp=None, ep=None, dp_attention=None)
     if request not in (free,) and (found := _search(free).chosen):
-        yield f"It fits with tp={found.plan.tp} pp={found.plan.pp} dp={found.plan.dp}."
+        yield f"It fits with {found.degrees} dp={found.plan.dp}."
     if request.max_model_len is not None and (found := _search(replace(free, max_model_len=None)).chosen):
         yield f"It fits with max_model_len {found.engine.max_model_len}."
     if request.kind == "cpu":
@@ -118,14 +157,14 @@ def _advice(report: PlanReport) -> Iterator[str]:
         return
     more = _smallest_that_fits(free)
     if more:
-        degrees = f"tp={more.plan.tp} pp={more.plan.pp}, {more.engine.max_model_len} tokens of context"
+        degrees = f"{more.degrees}, {more.engine.max_model_len} tokens of context"
         yield f"{more.request.hardware.description} would hold it ({degrees})."
 
 
 def _smallest_that_fits(request: PlanRequest) -> Candidate | None:
     """On devices like the largest here: up to eight on a node, then nodes of eight."""
     node = request.hardware.nodes[0]
-    weights = request.config.num_parameters * DTYPE_BYTES[request.compute_dtype]
+    weights = model_weights(request.config).num_bytes(request.weight_dtype)
     least = weights / (node.device.memory_bytes * request.memory_utilization)
     sizes = [(1, n) for n in range(1, GPUS_PER_NODE + 1)]
     sizes += [(2**i, GPUS_PER_NODE) for i in range(1, MAX_ADVISED_NODES.bit_length())]

@@ -66,7 +66,13 @@ def test_a_mixture_reads_what_its_tokens_touch() -> None:
     site = Site(node=Hardware.parse("1xH100-80G").nodes[0], index=0)
 
     def seconds(num_tokens: int) -> float:
-        load = StepLoad(num_tokens=num_tokens, num_sequences=num_tokens, context=1, num_kv_tokens=0)
+        load = StepLoad(
+            num_tokens=num_tokens,
+            num_sequences=num_tokens,
+            context=1,
+            num_kv_tokens=0,
+            num_shared_tokens=num_tokens,
+        )
         return rank_seconds(config, shard, "bfloat16", site, load)
 
     head = config.vocab_size * config.hidden_size
@@ -82,7 +88,7 @@ def test_the_slowest_rank_rules() -> None:
     assert config is not None
     config = replace(config, intermediate_size=96)  # so that attention is nearly all of a layer
     site = Site(node=Hardware.parse("8xH100-80G").nodes[0], index=0)
-    load = StepLoad(num_tokens=64, num_sequences=64, context=30_000, num_kv_tokens=64 * 30_000)
+    load = StepLoad(num_tokens=64, num_sequences=64, context=30_000, num_kv_tokens=64 * 30_000, num_shared_tokens=64)
     two, three, four = (
         stage_seconds(config, ParallelPlan.of(config, tp=tp), "bfloat16", (site,), load)[0] for tp in (2, 3, 4)
     )
@@ -94,7 +100,7 @@ def test_stages_on_two_nodes_pay_for_the_network() -> None:
     config = lookup("qwen2.5-72b")
     assert config is not None
     node = replace(Hardware.parse("8xH100-80G").nodes[0], network_bandwidth=1e9)
-    load = StepLoad(num_tokens=2048, num_sequences=1, context=1024, num_kv_tokens=1024)
+    load = StepLoad(num_tokens=2048, num_sequences=1, context=1024, num_kv_tokens=1024, num_shared_tokens=2048)
     near, far = (
         stage_seconds(
             config,

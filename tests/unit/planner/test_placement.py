@@ -16,22 +16,22 @@ GPU = Hardware.parse("1xH100-80G").nodes[0].device
 
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    tp=st.integers(1, 4),
+    stage_size=st.integers(1, 4),
     pp=st.integers(1, 5),
 )
-def test_gpus_are_filled_and_never_shared(sizes: list[int], tp: int, pp: int) -> None:
+def test_gpus_are_filled_and_never_shared(sizes: list[int], stage_size: int, pp: int) -> None:
     nodes = [Node(device=GPU, num_devices=size) for size in sizes]
-    replicas = place_on_gpus(nodes, tp=tp, pp=pp)
-    assert len(replicas) == sum(size // tp for size in sizes) // pp
+    replicas = place_on_gpus(nodes, stage_size=stage_size, pp=pp)
+    assert len(replicas) == sum(size // stage_size for size in sizes) // pp
     assert all(len(replica) == pp for replica in replicas)
     used = Counter(index for replica in replicas for index in replica)
-    assert all(count * tp <= sizes[index] for index, count in used.items())
+    assert all(count * stage_size <= sizes[index] for index, count in used.items())
 
 
 def test_replicas_stay_inside_a_node_where_they_can() -> None:
     nodes = [Node(device=GPU, num_devices=8)] * 2
-    assert place_on_gpus(nodes, tp=2, pp=3) == [(0, 0, 0), (1, 1, 1)]
-    assert place_on_gpus(nodes, tp=8, pp=2) == [(0, 1)]
+    assert place_on_gpus(nodes, stage_size=2, pp=3) == [(0, 0, 0), (1, 1, 1)]
+    assert place_on_gpus(nodes, stage_size=8, pp=2) == [(0, 1)]
 
 
 def test_cpu_stages_go_where_most_memory_is_left() -> None:

@@ -14,7 +14,7 @@ from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig, MoeConfig, Rope
 from qwen_ray.core.plan import EngineConfig, ParallelPlan
 from qwen_ray.models.registry import build
 from qwen_ray.planner.family import lookup
-from qwen_ray.planner.memory import num_kv_elements, num_weights, rank_memory
+from qwen_ray.planner.memory import num_kv_elements, rank_memory, rank_weights
 
 ENGINE = EngineConfig(num_blocks=0, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64)
 
@@ -32,7 +32,7 @@ def test_a_rank_of_qwen2_5_0_5b_at_tp_2() -> None:
     # q and o 2 * 448 * 896 = 802,816; k and v 2 * 64 * 896 = 114,688; biases 448 + 2 * 64 = 576;
     # MLP 3 * 896 * 2,432 = 6,537,216; norms 2 * 896 = 1,792: a layer 7,457,088; 24 of them 178,970,112.
     # One matrix for embedding and head 75,968 * 896 = 68,067,328; final norm 896.
-    assert num_weights(config, plan.shard(config, 0)) == 247_038_336
+    assert rank_weights(config, plan.shard(config, 0)).total == 247_038_336
     memory = rank_memory(config, plan.shard(config, 1), "bfloat16", ENGINE, "cuda")
     assert memory.weights == 2 * 247_038_336
     assert memory.kv_per_block == 16 * 24 * 2 * 64 * 2  # tokens, layers, K and V, one head, bytes
@@ -46,7 +46,7 @@ def test_a_rank_of_qwen2_5_72b_at_tp_8() -> None:
     # four ranks have 116 of them, 3,712. q and o 2 * 1,024 * 8,192 = 16,777,216; k and v 2 * 128 * 8,192 = 2,097,152;
     # biases 1,024 + 256 = 1,280; MLP 3 * 8,192 * 3,712 = 91,226,112; norms 16,384: a layer 110,118,144; 80 of them
     # 8,809,451,520. Embedding and head 2 * 19,008 * 8,192 = 311,427,072; final norm 8,192.
-    assert num_weights(config, plan.shard(config, 0)) == 9_120_886_784
+    assert rank_weights(config, plan.shard(config, 0)).total == 9_120_886_784
     assert num_kv_elements(config, plan.shard(config, 0)) == 80 * 2 * 128
     total = sum(rank_memory(config, s, "bfloat16", ENGINE, "cuda").weights for s in plan.shards(config))
     assert total == pytest.approx(145.4e9, rel=0.02)
@@ -57,6 +57,7 @@ def configs(draw: st.DrawFn, *, dense: bool = False) -> ModelConfig:
     kv_heads = draw(st.integers(1, 4))
     heads = kv_heads * draw(st.integers(1, 4))
     head_dim = draw(st.sampled_from([4, 8]))
+    num_layers = draw(st.integers(1, 6))
     moe = None
     if not dense and draw(st.booleans()):
         moe = MoeConfig(
@@ -65,14 +66,14 @@ def configs(draw: st.DrawFn, *, dense: bool = False) -> ModelConfig:
             moe_intermediate_size=draw(st.integers(16, 96)),
             norm_topk_prob=True,
             shared_expert_intermediate_size=draw(st.sampled_from([0, 48])),
-            decoder_sparse_step=draw(st.integers(1, 2)),
+            decoder_sparse_step=draw(st.integers(1, min(2, num_layers))),
         )
     return ModelConfig(
         architecture="qwen2_moe" if moe else "qwen2",
         vocab_size=draw(st.integers(32, 99)),
         hidden_size=heads * head_dim,
         intermediate_size=draw(st.integers(16, 200)),
-        num_hidden_layers=draw(st.integers(1, 6)),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -99,7 +100,7 @@ def test_shards_add_up_to_the_model(config: ModelConfig, data: st.DataObject) ->
         shared_gate = hidden if config.moe.shared_expert_intermediate_size else 0
         copied += sum(map(config.is_sparse, range(layers))) * (hidden * config.moe.num_experts + shared_gate)
     ends = config.vocab_size * hidden if config.tie_word_embeddings and pp > 1 else 0
-    assert sum(num_weights(config, s) for s in shards) == config.num_parameters + (tp - 1) * copied + ends
+    assert sum(rank_weights(config, s).total for s in shards) == config.num_parameters + (tp - 1) * copied + ends
     assert sum(num_kv_elements(config, s) for s in shards) == 2 * layers * config.kv_size
 
 

@@ -29,7 +29,7 @@ def held_at_most(candidate: Candidate, num_blocks: int) -> dict[tuple[int, int],
     next_device: dict[int, int] = {}
     for replica in candidate.placement:
         for rank in candidate.ranks:
-            node = replica[rank.rank // candidate.plan.tp]
+            node = replica[rank.rank // candidate.plan.stage_size]
             device = 0
             if candidate.request.kind == "cuda":
                 device = next_device.get(node, 0)
@@ -141,8 +141,9 @@ def test_advice_names_degrees_and_contexts_that_fit() -> None:
 def test_a_thousand_gpus_are_few_candidates(name: str, hardware: str) -> None:
     """Time follows from the number of ranks that are weighed, which does not depend on the machine."""
     report = plan(request(name, hardware))
-    assert len(report.candidates) <= 50
-    assert sum(len(candidate.ranks) for candidate in report.candidates) <= 1000
+    is_moe = report.request.config.moe is not None
+    assert len(report.candidates) <= (110 if is_moe else 50)
+    assert sum(len(candidate.ranks) for candidate in report.candidates) <= (3200 if is_moe else 1000)
 
 
 def test_degrees_that_the_model_has_not_are_refused_at_once() -> None:
