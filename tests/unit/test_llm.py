@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qwen_ray import LLM, SamplingParams, Settings
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestFailed, SettingsError
@@ -18,20 +18,22 @@ from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestF
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    "{% if enable_thinking is true %}<think>{% elif enable_thinking is false %}<think></think>{% endif %}"
 )
 
 
 def write_model(folder: Path) -> Path:
-    """A Qwen2 with one token for each byte."""
+    """A Qwen2 with one token for each byte, and two for thinking."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     config = {
         "model_type": "qwen2",
-        "vocab_size": 256,
+        "vocab_size": 258,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -128,6 +130,20 @@ def test_a_stream_says_the_same_and_may_be_left(llm: LLM) -> None:
     stream.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert llm.generate("abc", GREEDY)[0].outputs[0].text == whole
     assert llm.stats()[0].num_running == 0
+
+
+def test_thinking_stands_apart_in_a_chat_and_ends_with_its_budget(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    sampling = SamplingParams(temperature=0, max_tokens=130, ignore_eos=True, thinking_budget=0)
+    (output,) = llm.chat(messages, sampling, enable_thinking=True)
+    (answer,) = output.outputs
+    assert answer.reasoning.startswith("Considering the limited time")
+    assert answer.text
+    (alone,) = llm.generate(output.prompt or "", sampling)[0].outputs
+    assert alone.token_ids == answer.token_ids
+    assert alone.text == llm.tokenizer.decode(answer.token_ids)
+    (answer,) = llm.chat(messages, GREEDY, enable_thinking=False)[0].outputs
+    assert (answer.reasoning, answer.text) == ("", llm.tokenizer.decode(answer.token_ids))
 
 
 def test_a_prompt_that_is_too_long_ends_the_call_and_nothing_else(llm: LLM) -> None:
