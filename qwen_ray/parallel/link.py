@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import select
 import socket
+from collections.abc import Sequence
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -16,6 +18,7 @@ from torch._C._distributed_c10d import Store
 from qwen_ray.parallel.collectives import bytes_of
 
 TOKEN_BYTES = 16
+GOODBYE = b"."
 
 
 class Link:
@@ -43,6 +46,11 @@ class Link:
             left = left[count:]
         return x
 
+    def say_goodbye(self) -> None:
+        """To a peer that is in `wait_for_loss`: the end that comes is no loss."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(GOODBYE)
+
     def abort(self) -> None:
         """End both directions, whoever waits. From any thread."""
         with contextlib.suppress(OSError):  # the peer was faster
@@ -50,6 +58,31 @@ class Link:
 
     def close(self) -> None:
         self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def has_said_goodbye(self) -> bool:
+        """What has come, if something has: GOODBYE, or nothing but the end."""
+        try:
+            return self._socket.recv(1) == GOODBYE
+        except OSError:
+            return False
+
+
+def wait_for_loss(links: Sequence[Link]) -> bool:
+    """Listen to links on which nothing is sent, until one ends without a goodbye. False: all said goodbye."""
+    poll = select.poll()
+    silent = {link.fileno(): link for link in links}
+    for descriptor in silent:
+        poll.register(descriptor, select.POLLIN)
+    while silent:
+        for descriptor, _ in poll.poll():
+            if not silent[descriptor].has_said_goodbye():
+                return True
+            poll.unregister(descriptor)
+            del silent[descriptor]
+    return False
 
 
 class Listener:

@@ -1,34 +1,44 @@
-"""A tensor group of CPU ranks that share no memory: a TCP link between every two of them.
+"""A tensor group of CPU ranks that share no memory: TCP links between every two of them.
 
 Sums and gathers go through rank 0, which adds up and hands out: so all get the same bits. Rows go from rank to rank.
+
+A rank may be waiting for one peer when another dies. So every two ranks have a second link, on which nothing is said
+but goodbye, and a thread listens to those: the end of one without a goodbye ends everything at once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch._C._distributed_c10d import Store
 
-from qwen_ray.parallel.link import Link, Listener, connect
+from qwen_ray.parallel.link import Link, Listener, connect, wait_for_loss
 
 
 class Mesh:
     """A TensorGroup. Not thread-safe, `abort` excepted; raises OSError when a peer dies, hangs or aborts."""
 
-    def __init__(self, rank: int, links: Mapping[int, Link]) -> None:
-        """`links`: to every other rank."""
+    def __init__(self, rank: int, links: Mapping[int, Link], alarms: Sequence[Link]) -> None:
+        """`links`: to every other rank; `alarms`: likewise, those on which nothing is said."""
         self.rank = rank
         self.size = len(links) + 1
         self._links = links
+        self._alarms = alarms
+        self._watch = threading.Thread(target=self._abort_on_loss, name="mesh-watch", daemon=True)
+        self._watch.start()
 
     @classmethod
     def join(cls, store: Store, rank: int, size: int, address: str, timeout: float) -> Mesh:
         """Meet the other ranks through `store`; `address` is where they reach this one."""
-        listeners = {peer: Listener(store, f"mesh{rank}-{peer}", address) for peer in range(rank + 1, size)}
-        links = {peer: connect(store, f"mesh{peer}-{rank}", timeout) for peer in range(rank)}
-        links |= {peer: listener.accept(timeout) for peer, listener in listeners.items()}
-        return cls(rank, links)
+        links = link_all(store, "link", rank, size, address, timeout)
+        alarms = link_all(store, "alarm", rank, size, address, timeout)
+        return cls(rank, links, list(alarms.values()))
+
+    def _abort_on_loss(self) -> None:
+        if wait_for_loss(self._alarms):
+            self.abort()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() == 0:
@@ -82,9 +92,23 @@ class Mesh:
         return self._links[peer].receive(like.new_empty(count, *like.shape[1:]))
 
     def abort(self) -> None:
-        for link in self._links.values():
+        # Alarms first: whoever wakes up from a link may close this, and would still say goodbye.
+        for link in (*self._alarms, *self._links.values()):
             link.abort()
 
     def close(self) -> None:
-        for link in self._links.values():
+        """Leave: peers that still want something of this rank fail."""
+        for alarm in self._alarms:
+            alarm.say_goodbye()
+        for alarm in self._alarms:
+            alarm.abort()  # ends the watch
+        self._watch.join()
+        for link in (*self._links.values(), *self._alarms):
             link.close()
+
+
+def link_all(store: Store, name: str, rank: int, size: int, address: str, timeout: float) -> dict[int, Link]:
+    """A link to every other rank, by rank."""
+    listeners = {peer: Listener(store, f"{name}{rank}-{peer}", address) for peer in range(rank + 1, size)}
+    links = {peer: connect(store, f"{name}{peer}-{rank}", timeout) for peer in range(rank)}
+    return links | {peer: listener.accept(timeout) for peer, listener in listeners.items()}

@@ -223,11 +223,12 @@ class SharedMemory:
             time.sleep(SLEEP_SECONDS)
             if now - checked > ALIVE_SECONDS:
                 checked = now
-                # It may have written and left since the loop looked.
-                if not _is_locked(self._fd, peer) and words[word] < sequence:
-                    raise ConnectionResetError(f"tensor rank {peer} died")
+                for other in self._peers:
+                    # It may have written and left since the loop looked.
+                    if not _is_locked(self._fd, other) and words[_sequence_word(other)] < sequence:
+                        raise ConnectionResetError(f"rank {other} of the group died")
             if now - start > self._timeout:
-                raise TimeoutError(f"tensor rank {peer} did not answer within {self._timeout:g} s")
+                raise TimeoutError(f"rank {peer} of the group did not answer within {self._timeout:g} s")
 
 
 def segment_bytes(size: int, capacity: int) -> int:

@@ -18,12 +18,13 @@ from qwen_ray.parallel.groups import Groups
 LONG = 600.0
 
 
-def shard(rank: int, tp: int, pp: int) -> Shard:
-    stage, tp_rank = divmod(rank, tp)
+def shard(rank: int, tp: int, pp: int, dp: int = 1) -> Shard:
+    stage, stage_rank = divmod(rank, dp * tp)
+    dp_rank, tp_rank = divmod(stage_rank, tp)
     one = Span(0, 1)
     return Shard(
-        rank=rank, world_size=tp * pp, stage=stage, num_stages=pp, tp_rank=tp_rank, tp_size=tp, layers=one, heads=one,
-        kv_heads=one, intermediate=one, vocab=one,
+        rank=rank, world_size=dp * tp * pp, stage=stage, num_stages=pp, tp_rank=tp_rank, tp_size=tp, dp_rank=dp_rank,
+        dp_size=dp, layers=one, heads=one, kv_heads=one, intermediate=one, vocab=one,
     )  # fmt: skip
 
 

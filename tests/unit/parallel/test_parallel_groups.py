@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from qwen_ray.parallel import shared_memory
-from qwen_ray.parallel.collectives import Alone, TensorGroup
+from qwen_ray.parallel.collectives import Alone, Connection, Nccl, TensorGroup
 from qwen_ray.parallel.groups import local_address
 from qwen_ray.parallel.link import Listener, connect
 from qwen_ray.parallel.mesh import Mesh
@@ -30,8 +33,14 @@ def make_shared(store: Store, rank: int, size: int, timeout: float = 20.0) -> Sh
     return SharedMemory.join(store, rank, size, timeout=timeout, capacity=CAPACITY)
 
 
-def make_mesh(store: Store, rank: int, size: int) -> Mesh:
-    return Mesh.join(store, rank, size, "127.0.0.1", 20.0)
+def make_mesh(store: Store, rank: int, size: int, timeout: float = 20.0) -> Mesh:
+    return Mesh.join(store, rank, size, "127.0.0.1", timeout)
+
+
+def make_nccl(store: Store, rank: int, size: int) -> Nccl:
+    """Its logic over gloo, which has the same operations for CPU tensors; NCCL itself needs devices."""
+    connection = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=20))
+    return Nccl(cast(Connection, connection))
 
 
 def on_all(size: int, function: Callable[[int], Result]) -> list[Result]:
@@ -44,7 +53,10 @@ def join_all(make: Make, size: int) -> list[Any]:
     return on_all(size, lambda rank: make(store, rank, size))
 
 
-@pytest.fixture(scope="module", params=[(make_shared, 2), (make_shared, 3), (make_mesh, 2), (make_mesh, 3)])
+OF_CPUS = [(make_shared, 2), (make_shared, 3), (make_mesh, 2), (make_mesh, 4)]
+
+
+@pytest.fixture(scope="module", params=OF_CPUS)
 def groups(request: pytest.FixtureRequest) -> Iterator[list[TensorGroup]]:
     make, size = request.param
     members = join_all(make, size)
@@ -75,7 +87,7 @@ def test_all_reduce_adds_in_rank_order(
             assert torch.equal(outputs[rank][i], total.to(dtype))
 
 
-@given(num_rows=st.integers(0, 5), widths=st.lists(st.integers(1, 90), min_size=3, max_size=3))
+@given(num_rows=st.integers(0, 5), widths=st.lists(st.integers(1, 90), min_size=4, max_size=4))
 @settings(max_examples=15, deadline=None)
 def test_gather_sets_columns_side_by_side(groups: list[TensorGroup], num_rows: int, widths: list[int]) -> None:
     """A sum right after it: rank 0 may still be reading when the others go on."""
@@ -104,6 +116,7 @@ row_shapes = st.sampled_from([(), (3,), (2, 5)])
 all_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8])
 
 
+@pytest.mark.parametrize("groups", [*OF_CPUS, (make_nccl, 2), (make_nccl, 3)], indirect=True)
 @given(data=st.data(), dtype=all_dtypes, row_shape=row_shapes, most=st.sampled_from([0, 1, 3, 40]))
 @settings(max_examples=30, deadline=None)
 def test_all_to_all_brings_rows_to_their_ranks(
@@ -150,7 +163,7 @@ def test_nothing_is_summed_without_a_peer(groups: list[TensorGroup]) -> None:
     assert groups[1].all_reduce(x) is x
 
 
-@given(values=st.lists(st.integers(-(2**40), 2**40), min_size=3, max_size=3))
+@given(values=st.lists(st.integers(-(2**40), 2**40), min_size=4, max_size=4))
 @settings(max_examples=5, deadline=None)
 def test_integers_are_summed_exactly(groups: list[TensorGroup], values: list[int]) -> None:
     size = len(groups)
@@ -158,12 +171,20 @@ def test_integers_are_summed_exactly(groups: list[TensorGroup], values: list[int
     assert [total.item() for total in totals] == [sum(values[:size])] * size
 
 
-def test_a_peer_that_hangs_is_given_up() -> None:
+OPERATIONS: dict[str, Callable[[TensorGroup], object]] = {
+    "sum": lambda group: group.all_reduce(torch.ones(3)),
+    "exchange": lambda group: group.all_to_all(torch.ones(6), [6 // group.size] * group.size),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("make", [make_shared, make_mesh])
+def test_a_peer_that_hangs_is_given_up(make: Callable[..., TensorGroup | None], operation: str) -> None:
     store = HashStore()
-    members = on_all(2, lambda rank: make_shared(store, rank, 2, timeout=0.1))
+    members = on_all(2, lambda rank: make(store, rank, 2, timeout=0.5))
     assert members[0] is not None
-    with pytest.raises(TimeoutError, match="tensor rank 1"):
-        members[0].all_reduce(torch.ones(3))
+    with pytest.raises(TimeoutError):
+        OPERATIONS[operation](members[0])
     for member in members:
         assert member is not None
         member.close()
@@ -172,31 +193,66 @@ def test_a_peer_that_hangs_is_given_up() -> None:
 def test_a_peer_that_left_is_noticed() -> None:
     first, second = join_all(make_shared, 2)
     second.close()
-    with pytest.raises(ConnectionResetError, match="tensor rank 1"):
+    with pytest.raises(ConnectionResetError, match="rank 1 of the group"):
         first.all_reduce(torch.ones(3))
     first.close()
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("make", [make_shared, make_mesh])
-def test_abort_ends_a_wait_here_and_on_the_peers(make: Make) -> None:
+def test_abort_ends_a_wait_here_and_on_the_peers(make: Make, operation: str) -> None:
+    """All wait for rank 0, which does nothing; one of those that wait is told to stop."""
     members = join_all(make, 3)
-    timer = threading.Timer(0.05, members[2].abort)
+    timer = threading.Timer(0.05, members[1].abort)
 
-    def work(rank: int) -> str:
-        if rank == 2:
+    def work(rank: int) -> None:
+        if rank == 0:
             timer.start()
-            return "idle"
-        try:
-            # Of a mesh, only the root hears of a leaf's end; it then ends the others'.
-            members[rank].all_reduce(torch.ones(3))
-        except OSError as error:
-            members[rank].abort()
-            return type(error).__name__
-        return "no error"
+            return
+        with pytest.raises(ConnectionError):
+            OPERATIONS[operation](members[rank])
 
-    outcomes = on_all(3, work)
+    on_all(3, work)
     timer.join()
-    assert all("Connection" in outcome for outcome in outcomes[:2])
+    with pytest.raises(ConnectionError):
+        OPERATIONS[operation](members[0])
+    for member in members:
+        member.close()
+
+
+@pytest.mark.parametrize("make", [make_shared, make_mesh])
+def test_a_rank_that_is_done_may_leave_before_the_others_are(make: Make) -> None:
+    """Rank 2 has given its part and goes; rank 0 still waits for that of rank 1."""
+    members = join_all(make, 3)
+    left = threading.Event()
+
+    def work(rank: int) -> torch.Tensor | None:
+        if rank == 1:
+            assert left.wait(10)
+            time.sleep(0.1)  # long enough for rank 0 to notice
+        whole = members[rank].gather(torch.full((1, 1), float(rank)), (1, 1, 1))
+        if rank == 2:
+            members[2].close()
+            left.set()
+        return whole
+
+    whole = on_all(3, work)[0]
+    assert whole is not None
+    assert whole.tolist() == [[0.0, 1.0, 2.0]]
+    for member in members[:2]:
+        member.close()
+
+
+@pytest.mark.parametrize("make", [make_shared, make_mesh])
+def test_a_death_is_noticed_by_who_waits_for_another(make: Make) -> None:
+    """Rank 1 does nothing, and rank 2 dies without a goodbye."""
+    members = join_all(make, 3)
+    if isinstance(members[2], Mesh):
+        members[2].abort()  # what the system does to a dead process's links
+    else:
+        members[2].close()
+    with pytest.raises(ConnectionError):
+        members[0].all_to_all(torch.ones(6), [2] * 3)
     for member in members:
         member.close()
 
