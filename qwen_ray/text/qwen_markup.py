@@ -27,7 +27,7 @@ class QwenMarkup:
     """Of one text. `starts_open`: the prompt ended with `<think>`.
 
     All pieces joined are the same whatever pieces the text came in. What has no end by then is reasoning all the same;
-    of several blocks the reasoning is joined by newlines. An end without a start is plain text.
+    of several blocks the reasoning is joined by a newline. An end without a start is plain text.
     """
 
     def __init__(self, *, starts_open: bool = False) -> None:
@@ -67,7 +67,7 @@ class QwenMarkup:
         if self._is_open == (tag == THINK_END):
             self._is_open = not self._is_open
             self._has_tag = self._is_block_empty = True
-            self._newlines = "\n" if self._is_open and self._has_reasoning else ""
+            self._newlines = ""
         elif not (self._is_open and self._is_block_empty):  # a start right after the start says it once more
             self._add(tag)
 
@@ -87,14 +87,15 @@ class QwenMarkup:
         self._content += text
 
     def _add_reasoning(self, text: str) -> None:
+        if self._is_block_empty:
+            text = text.lstrip("\n")
+            if not text:
+                return
+            self._newlines = "\n" if self._has_reasoning else ""
+            self._has_reasoning, self._is_block_empty = True, False
         text = self._newlines + text
         shown = text.rstrip("\n")
         self._newlines = text[len(shown) :]
-        if not self._has_reasoning:
-            shown = shown.lstrip("\n")
-        if shown:
-            self._has_reasoning = True
-            self._is_block_empty = False
         self._reasoning += shown
 
     def _take(self) -> Marked:

@@ -30,8 +30,8 @@ def slow_split(text: str, *, starts_open: bool) -> tuple[str, str]:
         if tag:
             rest = re.sub(r"^(\n*<think>)+", "", rest)
             block, _, rest = rest.partition("</think>")
-            blocks.append(block.rstrip("\n"))
-    reasoning = "\n".join(block for block in blocks if block).lstrip("\n")
+            blocks.append(block.strip("\n"))
+    reasoning = "\n".join(block for block in blocks if block)
     if blocks and not contents[0].strip("\n"):
         return reasoning, "".join(contents).lstrip("\n")
     return reasoning, "".join(contents)
@@ -54,7 +54,7 @@ def test_any_pieces_of_any_text_against_the_slow_reference(text: str, starts_ope
         ("<think>\n\n</think>\n\nThe answer.", "", "The answer."),
         ("First <think>Hm.</think> last", "Hm.", "First  last"),
         ("<think>\nbroken off\n", "broken off", ""),
-        ("<think>\na\n</think>\n\nb\n<think>\nc\n</think>\n\nd", "a\n\nc", "b\n\n\nd"),
+        ("<think>\na\n</think>\n\nb\n<think>\nc\n</think>\n\nd", "a\nc", "b\n\n\nd"),
         ("no tags\n\n", "", "no tags\n\n"),
         ("\n\n", "", "\n\n"),
         ("an end </think> alone", "", "an end </think> alone"),
