@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_ray.cluster.executor import RayExecutor
 from qwen_ray.cluster.group import RankGroup
@@ -26,7 +26,8 @@ from qwen_ray.core.errors import CheckpointError, PlanRefused, RankFailed
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
-from qwen_ray.core.step import Chunk, NewSequence, StepBatch
+from qwen_ray.core.stats import StepStats
+from qwen_ray.core.step import Chunk, MoveExperts, NewSequence, StepBatch
 from qwen_ray.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -67,8 +68,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[list[int]]:
+    return continuations(Qwen2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+
+
+def continuations(model: PreTrainedModel) -> list[list[int]]:
     """transformers' greedy continuation of each prompt."""
-    model = Qwen2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ends: list[list[int]] = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
@@ -85,15 +89,21 @@ def expected(checkpoint: Path) -> list[list[int]]:
     return ends
 
 
-def make_spec(path: Path, *, tp: int = 1, pp: int = 1) -> ReplicaSpec:
+def make_spec(path: Path, *, tp: int = 1, pp: int = 1, ep: int = 1) -> ReplicaSpec:
     config = ModelConfig.from_dict(json.loads((path / "config.json").read_text()))
+    plan = ParallelPlan.of(config, tp=tp, pp=pp, ep=ep)
     return ReplicaSpec(
         name="tiny",
         path=str(path),
         config=config,
-        plan=ParallelPlan.of(config, tp=tp, pp=pp),
+        plan=plan,
         engine=EngineConfig(
-            num_blocks=32, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, depth=max(1, pp)
+            num_blocks=32,
+            max_model_len=128,
+            max_num_seqs=4,
+            max_num_batched_tokens=32,
+            depth=pp,
+            dp_attention=plan.dp_attention,
         ),
         dtype="float32",
     )
@@ -108,8 +118,8 @@ async def running(spec: ReplicaSpec, **options: Any) -> AsyncIterator[RankGroup]
         await group.stop()
 
 
-async def generate(group: RankGroup) -> list[list[int]]:
-    """All PROMPTS at once through the engine, greedily."""
+async def generate(group: RankGroup, moves: Sequence[MoveExperts] = ()) -> list[list[int]]:
+    """All PROMPTS at once through the engine, greedily; one of `moves` after each of the first steps."""
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
     left = set(tokens)
 
@@ -122,7 +132,14 @@ async def generate(group: RankGroup) -> list[list[int]]:
         if not left:
             engine.stop()
 
-    engine = Engine(group.spec.engine, RayExecutor(group), publish)
+    executor = RayExecutor(group)
+    left_to_move = iter(moves)
+
+    def on_step(step: StepStats) -> None:
+        if (move := next(left_to_move, None)) is not None:
+            executor.move_experts(move)
+
+    engine = Engine(group.spec.engine, executor, publish, on_step)
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     for i, prompt in enumerate(PROMPTS):
         engine.add(GenerateRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, seed=0))
@@ -168,6 +185,47 @@ async def test_same_tokens_as_transformers_and_nothing_left(
         # Every rank says when it is done: the last word is about all bytes of all shards.
         assert progress[-1] == (sum(s.weights_bytes for s in stats),) * 2
     assert await until(lambda: not any(is_alive(s.pid) for s in stats))
+    assert await until(everything_is_free)
+
+
+async def test_dp_ranks_share_experts_that_move_and_a_death_among_them_ends_all(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=320,
+            hidden_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=5,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    moves = [
+        MoveExperts(layer=i % 2, slots=((i, (i + 1) % 5, (i + 2) % 5), ((i + 3) % 5, (i + 4) % 5))) for i in range(5)
+    ]
+    async with running(make_spec(tmp_path, ep=2)) as group:
+        assert await generate(group, moves) == continuations(model)
+        stats = await group.stats()
+        assert [(s.rank, s.stage, s.dp_rank, s.tp_rank, s.ep_rank) for s in stats] == [(0, 0, 0, 0, 0), (1, 0, 1, 0, 1)]
+        assert stats[0].num_steps == stats[1].num_steps
+        assert all(s.num_moved_experts > 0 for s in stats)
+        num_tokens = sum(s.num_tokens for s in stats)
+        assert all(s.num_tokens > 0 for s in stats)
+        for layer in range(2):
+            assert sum(sum(s.expert_tokens[layer]) for s in stats) == 2 * num_tokens
+        # Rank 1 has none of this step's tokens; rank 0 waits for it all the same.
+        os.kill(stats[1].pid, signal.SIGSTOP)
+        executor = RayExecutor(group)
+        step = executor.submit(replace(STEP, step_id=1000))
+        os.kill(stats[1].pid, signal.SIGKILL)
+        with pytest.raises(RankFailed, match="rank 1 failed: its process ended"):
+            await asyncio.wait_for(step, 20)
     assert await until(everything_is_free)
 
 
