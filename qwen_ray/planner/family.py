@@ -59,9 +59,13 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
     )
 
 
-def _qwen3_moe(hidden: int, intermediate: int, layers: int, heads: int, expert_size: int) -> ModelConfig:
-    moe = MoeConfig(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=expert_size, norm_topk_prob=True)
-    dense = _qwen3(hidden, intermediate, layers, heads, 4, tied=False)
+def _qwen3_moe(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, num_experts: int, expert_size: int
+) -> ModelConfig:
+    moe = MoeConfig(
+        num_experts=num_experts, num_experts_per_tok=8, moe_intermediate_size=expert_size, norm_topk_prob=True
+    )
+    dense = _qwen3(hidden, intermediate, layers, heads, kv_heads, tied=False)
     return replace(dense, architecture="qwen3_moe", moe=moe)
 
 
@@ -74,6 +78,7 @@ _QWEN2_5 = {
     "32b": _qwen2(5120, 27648, 64, 40, 8, tied=False),
     "72b": _qwen2(8192, 29568, 80, 64, 8, tied=False),
 }
+_QWEN2_DENSE = ("0.5b", "1.5b", "7b", "72b")  # sizes of Qwen2 that Qwen2.5 took over
 _QWEN2_57B = _qwen2_moe(
     3584,
     18944,
@@ -109,9 +114,10 @@ _QWEN3 = {
     "8b": _qwen3(4096, 12288, 36, 32, 8, tied=False),
     "14b": _qwen3(5120, 17408, 40, 40, 8, tied=False),
     "32b": _qwen3(5120, 25600, 64, 64, 8, tied=False),
-    "30b-a3b": _qwen3_moe(2048, 6144, 48, 32, 768),
-    "235b-a22b": _qwen3_moe(4096, 12288, 94, 64, 1536),
+    "30b-a3b": _qwen3_moe(2048, 6144, 48, 32, 4, 128, 768),
+    "235b-a22b": _qwen3_moe(4096, 12288, 94, 64, 4, 128, 1536),
 }
+_QWEN3_CODER_480B = _qwen3_moe(6144, 8192, 62, 96, 8, 160, 2560)
 _QWEN3_WITHOUT_BASE = ("32b", "235b-a22b")  # no pretrained-only version was published
 # The July 2025 releases: 256k positions, another RoPE base.
 _QWEN3_2507_THETA = {"4b": 5e6, "30b-a3b": 1e7, "235b-a22b": 5e6}
@@ -145,6 +151,9 @@ def _names() -> dict[str, ModelConfig]:
         names |= {f"qwen2.5-{size}": base, f"qwen2.5-{size}-instruct": config}
         if size != "72b":
             names |= {f"qwen2.5-coder-{size}": config, f"qwen2.5-coder-{size}-instruct": config}
+    for size in _QWEN2_DENSE:
+        names[f"qwen2-{size}"] = replace(_QWEN2_5[size], max_position_embeddings=131072)
+        names[f"qwen2-{size}-instruct"] = _QWEN2_5[size]
     names["qwen2-57b-a14b"] = replace(_QWEN2_57B, max_position_embeddings=131072)
     names["qwen2-57b-a14b-instruct"] = _QWEN2_57B
     names["qwen1.5-moe-a2.7b"] = names["qwen1.5-moe-a2.7b-chat"] = replace(_QWEN1_5_MOE, max_position_embeddings=8192)
@@ -155,6 +164,8 @@ def _names() -> dict[str, ModelConfig]:
     for size, theta in _QWEN3_2507_THETA.items():
         later = replace(_QWEN3[size], max_position_embeddings=262144, rope=RopeConfig(theta=theta))
         names |= {f"qwen3-{size}-instruct-2507": later, f"qwen3-{size}-thinking-2507": later}
+    coder = replace(_QWEN3_CODER_480B, max_position_embeddings=262144, rope=RopeConfig(theta=1e7))
+    names["qwen3-coder-480b-a35b-instruct"] = coder
     names["qwen3-coder-30b-a3b-instruct"] = replace(names["qwen3-30b-a3b-instruct-2507"], intermediate_size=5472)
     return names
 

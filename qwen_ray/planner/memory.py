@@ -156,7 +156,8 @@ def layer_weights(config: ModelConfig, shard: Shard) -> Weights:
     norms = 2 * hidden + (2 * head_dim if config.qk_norm else 0)
     num_sparse = num_sparse_layers(config, shard)
     shared = 3 * hidden * len(shard.shared_intermediate)
-    router = hidden * ((config.moe.num_experts if config.moe else 0) + int(shared > 0))
+    moe = config.moe
+    router = hidden * (moe.num_experts + int(moe.shared_expert_intermediate_size > 0)) if moe else 0
     return Weights(
         attention=num_layers * attention,
         mlp=(num_layers - num_sparse) * 3 * hidden * len(shard.intermediate),
@@ -219,7 +220,7 @@ def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: Engi
     num_sparse = num_sparse_layers(config, shard)
     # gate and up, their product
     mlp = tokens * 3 * len(shard.intermediate) * width if num_sparse < len(shard.layers) else 0
-    experts = expert_activation_bytes(config, shard, dtype, engine) if num_sparse else 0
+    experts = expert_activation_bytes(config, shard, dtype, engine, kind) if num_sparse else 0
     layer = 2 * tokens * hidden * width + max(attention, mlp, experts)
     rows = min(engine.max_num_seqs, tokens)
     prompt_rows = min(MAX_PROMPT_LOGITS, tokens)
@@ -229,26 +230,28 @@ def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: Engi
     return max(layer, ends if shard.is_last else 0)
 
 
-def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig) -> int:
+def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> int:
     """Of a layer with experts, when every token of every dp rank comes to this rank."""
     assert config.moe is not None, "a dense model has no experts"
-    width, hidden = DTYPE_BYTES[dtype], config.hidden_size
+    width, hidden, inner = DTYPE_BYTES[dtype], config.hidden_size, len(shard.expert_intermediate)
     num_choices, own = config.moe.num_experts_per_tok, engine.max_num_batched_tokens
-    # Router: logits as computed and in float32, their softmax; weights and ids. The shared expert; the partial sums.
+    # The router's logits, once more in float32, and their softmax; the shared expert, or what the routed ones add.
     router = own * (config.moe.num_experts * (width + 8) + num_choices * CHOICE_BYTES)
-    mine = router + own * (3 * len(shard.shared_intermediate) + hidden) * width
-    rows = own * shard.dp_size
+    beside = router + own * max(3 * len(shard.shared_intermediate), hidden) * width
+    rows, packed = own * shard.dp_size, 0
     if shard.dp_size > 1:
-        # What is sent: rows in order of destination, one for each rank at most; what comes; what goes back; what is
-        # back. With each row its slots and weights.
-        sent = min(num_choices, shard.ep_size) * shard.expert_tp_size * -(-own // shard.tp_size)
-        mine += (sent + rows) * (2 * hidden * width + num_choices * CHOICE_BYTES)
-    else:
-        mine += rows * hidden * width
+        # Rows as they are sent, one for each expert rank at most, and as they come, with slots and weights.
+        sent = -(-own // shard.tp_size) * min(num_choices, shard.ep_size)
+        packed = (sent + rows) * (hidden * width + num_choices * CHOICE_BYTES)
+    answers = 2 * rows * hidden * width  # of the pieces, and put together
     parts = min(PARTS_AT_ONCE, rows * num_choices)
-    # Gathered rows, gate and up, their product, and what the experts give: in order of experts, and of tokens.
-    piece = parts * (3 * hidden + 3 * len(shard.expert_intermediate)) * width
-    return mine + piece + parts // num_choices * hidden * 4  # summed in float32
+    if (
+        kind == "cpu"
+    ):  # what every choice gives; of one expert at a time its rows, gate and up, their product, its answer
+        piece = parts * hidden + parts // num_choices * (2 * hidden + 3 * inner)
+    else:  # rows in order of experts, gate and up, their product, what experts give, in their order and the tokens'
+        piece = parts * (3 * hidden + 3 * inner)
+    return beside + packed + answers + piece * width + parts // num_choices * hidden * 4  # added up in float32
 
 
 def reserve_bytes(shard: Shard, kind: str) -> int:

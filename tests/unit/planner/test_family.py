@@ -27,9 +27,19 @@ PUBLISHED = {
     "Qwen/Qwen3-30B-A3B": 30.5,
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": 30.5,
     "Qwen/Qwen3-235B-A22B-Thinking-2507": 235.1,
+    "Qwen/Qwen3-30B-A3B-Thinking-2507": 30.5,
+    "Qwen/Qwen3-Coder-480B-A35B-Instruct": 480.2,
+    "Qwen/Qwen2-0.5B-Instruct": 0.494,
+    "Qwen/Qwen2-72B": 72.71,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 0.1345,
 }
-ACTIVE = {"Qwen2-57B-A14B": 14.2, "Qwen1.5-MoE-A2.7B": 2.7, "Qwen3-30B-A3B": 3.3, "Qwen3-235B-A22B": 22.2}
+ACTIVE = {
+    "Qwen2-57B-A14B": 14.2,
+    "Qwen1.5-MoE-A2.7B": 2.7,
+    "Qwen3-30B-A3B": 3.3,
+    "Qwen3-235B-A22B": 22.2,
+    "Qwen3-Coder-480B-A35B-Instruct": 35.5,
+}
 
 
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
