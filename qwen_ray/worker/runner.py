@@ -22,7 +22,7 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._sequences = SequenceTable()
-        self._expert_tokens = model.expert_tokens()  # of whoever ran it before
+        self._expert_tokens = model.expert_tokens()  # before this runner
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult | None:

@@ -14,12 +14,22 @@ from tiny_models import LLAMA, QWEN2, random_tensors, replica_spec, write_gguf, 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_ray.core.errors import CheckpointError, PlanRefused, RankFailed
+from qwen_ray.core.model_config import MoeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
 from qwen_ray.worker.local import LocalExecutor
 from qwen_ray.worker.worker import first_step
 
+QWEN3_MOE = replace(
+    QWEN2,
+    architecture="qwen3_moe",
+    qkv_bias=False,
+    qk_norm=True,
+    moe=MoeConfig(
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=(1,)
+    ),
+)
 PROMPTS = [tuple(range(10)), (5, 80, 3), (17,)]
 NUM_NEW = 8
 
@@ -145,6 +155,16 @@ async def test_stats_count_what_was_held_and_done(executor: LocalExecutor) -> No
     assert after.step_seconds > 0
 
 
+async def test_tokens_of_experts_are_counted_from_the_first_request_on() -> None:
+    executor = LocalExecutor(replica_spec(QWEN3_MOE, Path("/nowhere"), load_format="dummy"))
+    assert executor.stats().expert_tokens == ((0,) * 5, (), (0,) * 5)
+    await generate(executor, PROMPTS, SamplingParams(temperature=0.0))
+    stats = executor.stats()
+    executor.close()
+    assert [sum(layer) for layer in stats.expert_tokens] == [2 * stats.num_tokens, 0, 2 * stats.num_tokens]
+    assert executor.stats().expert_tokens == ()  # the model is gone
+
+
 async def test_progress_goes_up_to_the_whole(checkpoint: Path) -> None:
     seen: list[tuple[int, int]] = []
     LocalExecutor(replica_spec(QWEN2, checkpoint), lambda done, total: seen.append((done, total))).close()
@@ -183,6 +203,9 @@ async def test_several_ranks_are_refused(checkpoint: Path) -> None:
     with pytest.raises(PlanRefused) as error:
         LocalExecutor(replica_spec(QWEN2, checkpoint, ParallelPlan.of(QWEN2, tp=2)))
     assert error.value.inequality == "tp (2) × pp (1) = 2 ranks > 1 rank in one process"
+    with pytest.raises(PlanRefused) as error:
+        LocalExecutor(replica_spec(QWEN3_MOE, checkpoint, ParallelPlan.of(QWEN3_MOE, ep=2)))
+    assert error.value.inequality == "tp (1) × pp (1) × dp_attention (2) = 2 ranks > 1 rank in one process"
 
 
 async def test_a_bad_checkpoint_is_told_and_leaves_no_thread(tmp_path: Path) -> None:
