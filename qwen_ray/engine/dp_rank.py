@@ -60,8 +60,10 @@ class DpRank:
         self._config = config
         self._budget = Budget(num_tokens=0)
 
-    def ready(self) -> Iterator[Sequence]:
-        """Begins a step: running sequences with something to compute, decodes first: no prefill delays a next token.
+    def ready(self) -> Iterator[tuple[Sequence, int]]:
+        """Begins a step: who runs and has something to compute, and how many tokens of it now fit.
+
+        Decodes come first, so that no prefill delays a next token.
 
         With several steps in flight each takes its share of the decodes, or the first would take them all and leave
         the pipeline nothing.
@@ -71,12 +73,12 @@ class DpRank:
         decodes = [seq for seq in self.running if seq.num_uncomputed == 1]
         prefills = [seq for seq in self.running if seq.num_uncomputed > 1]
         for seq in decodes[:share] + prefills:
-            if seq.is_on_ranks and self._budget.of(seq):  # not preempted by one before it
-                yield seq
+            if seq.is_on_ranks and (count := self._budget.of(seq)):  # not preempted by one before it
+                yield seq, count
 
-    def num_missing(self, seq: Sequence) -> int:
-        """Blocks that its next chunk needs beyond those it has."""
-        return self._num_blocks_of(seq.num_computed + self._budget.of(seq)) - len(seq.block_table)
+    def num_missing(self, seq: Sequence, count: int) -> int:
+        """Blocks that its next `count` tokens need beyond those it has."""
+        return self._num_blocks_of(seq.num_computed + count) - len(seq.block_table)
 
     def room(self, seq: Sequence) -> Room | None:
         """For all its tokens; None while there is none."""
@@ -91,8 +93,8 @@ class DpRank:
             return None
         return Room(dp_rank=self, hits=hits, load=self.num_used_blocks + num_blocks - len(hits))
 
-    def admit(self, seq: Sequence, hits: list[int], sequence_id: int) -> None:
-        """Let it run here, where `room` has found `hits`."""
+    def admit(self, seq: Sequence, hits: list[int], sequence_id: int) -> int:
+        """Let it run here, where `room` has found `hits`; how many of its tokens now fit."""
         self.pool.share(hits)
         seq.block_table = hits + self.pool.allocate(self._num_blocks_of(seq.num_tokens) - len(hits))
         seq.num_registered = len(hits)
@@ -101,10 +103,11 @@ class DpRank:
         seq.sequence_id = sequence_id
         seq.dp_rank = self.number
         insort(self.running, seq, key=by_turn)
+        return self._budget.of(seq)
 
-    def advance(self, seq: Sequence, new_blocks: list[int]) -> Chunk:
-        """As many of its next tokens as still fit, as a chunk; from here on they count as computed."""
-        start, count = seq.num_computed, self._budget.of(seq)
+    def advance(self, seq: Sequence, count: int, new_blocks: list[int]) -> Chunk:
+        """Its next `count` tokens as a chunk; from here on they count as computed."""
+        start = seq.num_computed
         self._budget.spend(seq, count)
         chunk = Chunk(
             sequence_id=seq.sequence_id,

@@ -82,13 +82,13 @@ class Scheduler:
         chunks: list[Chunk] = []
         new: list[NewSequence] = []
         for dp_rank in self.dp_ranks:
-            for seq in dp_rank.ready():
-                if (new_blocks := self._grow(dp_rank, seq)) is not None:
-                    chunks.append(self._advance(dp_rank, seq, new_blocks))
+            for seq, count in dp_rank.ready():
+                if (new_blocks := self._grow(dp_rank, seq, count)) is not None:
+                    chunks.append(self._advance(dp_rank, seq, count, new_blocks))
         while self.waiting and (room := self._find_room(self.waiting[0])):
-            seq = self._admit(room)
+            seq, count = self._admit(room)
             new.append(seq.to_new())
-            chunks.append(self._advance(room.dp_rank, seq, seq.block_table))
+            chunks.append(self._advance(room.dp_rank, seq, count, seq.block_table))
         if not chunks:
             return None
         self._num_scheduled_steps += 1
@@ -138,22 +138,22 @@ class Scheduler:
             preemptions_total=self._num_preemptions,
         )
 
-    def _grow(self, dp_rank: DpRank, seq: Sequence) -> list[int] | None:
-        """Add the blocks of its next chunk, taking them from the last in turn there; None if that is `seq` itself.
+    def _grow(self, dp_rank: DpRank, seq: Sequence, count: int) -> list[int] | None:
+        """Add the blocks of its next `count` tokens, taking them from the last in turn there; None if that is itself.
 
         Only decodes ever grow, since an admission brings the blocks of all known tokens; and they are scheduled by turn
         and before prefills. So nobody is preempted who has a chunk in the step being made. The first in turn can
-        preempt everybody else, and `max_len` lets no sequence outgrow the whole pool: it always advances.
+        preempt everybody else there, and `max_len` lets no sequence outgrow the whole pool: it always advances.
         """
-        count = dp_rank.num_missing(seq)
-        while count > dp_rank.pool.num_free:
+        num_missing = dp_rank.num_missing(seq, count)
+        while num_missing > dp_rank.pool.num_free:
             victim = dp_rank.running[-1]
             self._leave(victim)
             insort(self.waiting, victim, key=by_turn)
             self._num_preemptions += 1
             if victim is seq:
                 return None
-        new_blocks = dp_rank.pool.allocate(count)
+        new_blocks = dp_rank.pool.allocate(num_missing)
         seq.block_table += new_blocks
         return new_blocks
 
@@ -162,10 +162,10 @@ class Scheduler:
         rooms = [room for dp_rank in self.dp_ranks if (room := dp_rank.room(seq))]
         return min(rooms, key=lambda room: room.load, default=None)
 
-    def _admit(self, room: Room) -> Sequence:
-        """The first in the queue, to where there is room for it."""
+    def _admit(self, room: Room) -> tuple[Sequence, int]:
+        """The first in the queue, to where there is room for it; and how many of its tokens now fit."""
         seq = self.waiting.pop(0)
-        room.dp_rank.admit(seq, room.hits, self._num_admissions)
+        count = room.dp_rank.admit(seq, room.hits, self._num_admissions)
         self._num_admissions += 1
         self._by_id[seq.sequence_id] = seq
         if not seq.first_scheduled:
@@ -173,10 +173,10 @@ class Scheduler:
             seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
         self._num_prefix_queries += seq.num_tokens
         self._num_prefix_hits += seq.num_computed
-        return seq
+        return seq, count
 
-    def _advance(self, dp_rank: DpRank, seq: Sequence, new_blocks: list[int]) -> Chunk:
-        chunk = dp_rank.advance(seq, new_blocks)
+    def _advance(self, dp_rank: DpRank, seq: Sequence, count: int, new_blocks: list[int]) -> Chunk:
+        chunk = dp_rank.advance(seq, count, new_blocks)
         self._num_prompt_tokens += max(0, min(seq.num_computed, seq.num_prompt_tokens) - chunk.start)
         return chunk
 
