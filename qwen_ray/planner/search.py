@@ -60,8 +60,8 @@ def _search(request: PlanRequest) -> PlanReport:
 def _stage_degrees(request: PlanRequest) -> Sequence[Degrees]:
     """How the ranks of a stage may divide its work. Raises PlanRefused where there is no such way."""
     config, ep, copies = request.config, request.ep, request.dp_attention
-    if config.moe is None and (request.num_redundant_experts or request.expert_load):
-        raise PlanRefused("Copies of experts and their load are for a model with experts; this one is dense.")
+    if config.moe is None:
+        _refuse_experts(request)
     if config.moe is None or request.kind == "cpu":
         return [Degrees(tp, copies or max(1, (ep or 1) // tp), ep or 1) for tp in _tensor_degrees(request)]
     largest = max(node.num_devices for node in request.hardware.nodes)
@@ -81,6 +81,21 @@ def _stage_degrees(request: PlanRequest) -> Sequence[Degrees]:
             inequality=f"{request.num_redundant_experts} > {config.moe.num_experts} x ({ep or largest} - 1)",
         )
     return possible
+
+
+def _refuse_experts(request: PlanRequest) -> None:
+    """Raises PlanRefused where experts of a dense model are asked for."""
+    asked = {
+        "ep": (request.ep or 1) - 1,
+        "dp_attention": (request.dp_attention or 1) - 1,
+        "num_redundant_experts": request.num_redundant_experts,
+        "expert_load": len(request.expert_load or ()),
+    }
+    for name, beyond in asked.items():
+        if beyond:
+            raise PlanRefused(
+                f"{name} is for a model with experts; this one is dense.", inequality=f"{name} > 0 experts"
+            )
 
 
 def _is_possible(request: PlanRequest, num_experts: int, degrees: Degrees) -> bool:
@@ -142,11 +157,13 @@ def _overshoot(request: PlanRequest, estimated: Estimate) -> float:
 
 
 def _advice(report: PlanReport) -> Iterator[str]:
-    """What would fit: other degrees, a shorter context, or more of such devices."""
+    """What would fit: other degrees, a shorter context, or more of such devices; redundant experts left out."""
     request = report.request
     free = replace(request, tp=None, pp=None, dp=None, ep=None, dp_attention=None)
+    free = replace(free, num_redundant_experts=0, expert_load=None)
     if request not in (free,) and (found := _search(free).chosen):
-        yield f"It fits with {found.degrees} dp={found.plan.dp}."
+        without = ", without redundant experts" if request.num_redundant_experts else ""
+        yield f"It fits with {found.degrees} dp={found.plan.dp}{without}."
     if request.max_model_len is not None and (found := _search(replace(free, max_model_len=None)).chosen):
         yield f"It fits with max_model_len {found.engine.max_model_len}."
     if request.kind == "cpu":

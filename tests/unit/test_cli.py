@@ -67,6 +67,19 @@ def test_plan_of_a_directory_with_context_and_concurrency(tiny: Path, capsys: py
     assert (report["chosen"]["tp"], report["chosen"]["max_model_len"]) == (2, 256)
 
 
+def test_plan_places_experts_by_their_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load = {"model": "m", "num_experts": 128, "expert_tokens": [[9] * 32 + [1] * 96] * 48}
+    (tmp_path / "load.json").write_text(json.dumps(load))
+    flags = ("--hardware", "4xH100-80G", "--ep", "4", "--dp-attention", "4", "--num-redundant-experts", "4")
+    given = ("--expert-load", str(tmp_path / "load.json"))
+    assert run("plan", "Qwen/Qwen3-30B-A3B", *flags, *given, "--json") == 0
+    chosen = json.loads(capsys.readouterr().out)["chosen"]
+    assert (chosen["tp"], chosen["ep"], chosen["dp_attention"], chosen["num_redundant_experts"]) == (1, 4, 4, 4)
+    # Dealt out in order, rank 0 has 288 of 384 tokens.
+    assert chosen["expert_imbalance"]["even"] == 3
+    assert chosen["expert_imbalance"]["placed"] < 1.05
+
+
 def test_plan_for_this_machine(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("qwen_ray.cli.running_ray", lambda: None)
     assert run("plan", str(tiny)) == 0
@@ -78,6 +91,9 @@ def test_plan_for_this_machine(tiny: Path, monkeypatch: pytest.MonkeyPatch, caps
     [
         (("plan", "demo", "--hardware", "1xToaster"), 2, "Toaster"),
         (("plan", "Qwen/Qwen3-8B", "--hardware", "1xH100-80G", "--context", "long"), 2, "--context"),
+        (("plan", "Qwen/Qwen3-8B", "--hardware", "8xH100-80G", "--ep", "2"), 5, "ep is for a model with experts"),
+        (("plan", "Qwen/Qwen3-8B", "--hardware", "8xH100-80G", "--enable-eplb"), 2, "models.0.experts.enable_eplb"),
+        (("plan", "Qwen/Qwen3-30B-A3B", "--hardware", "8xH100-80G", "--expert-load", "/no/such"), 2, "/no/such"),
         (("pull", "/no/such/model"), 3, "/no/such/model"),
         (("serve", "--port", "0"), 2, "http.port"),
         (("serve", "-f", "/no/such/file.yaml"), 2, "/no/such/file.yaml"),
@@ -110,6 +126,13 @@ def test_serve_refuses_a_busy_port_before_anything_starts(tiny: Path, capsys: py
 def test_serve_refuses_what_cannot_fit_before_anything_starts(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("serve", str(tiny), "--port", "18437", "--kv-cache-memory", "900T") == 5
     assert "900000" in capsys.readouterr().err.replace(",", "").replace(".", "")
+
+
+def test_serve_refuses_fp8_which_can_only_be_planned_with(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", str(tiny), "--hardware", "1xH100-80G", "--dtype", "fp8") == 0
+    assert "not served" in capsys.readouterr().out
+    assert run("serve", str(tiny), "--port", "18437", "--dtype", "fp8") == 2
+    assert "models.0.dtype" in capsys.readouterr().err
 
 
 def test_help_and_plan_import_neither_torch_nor_ray(tiny: Path) -> None:

@@ -9,7 +9,15 @@ import pytest
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.core.plan import ParallelPlan
 from qwen_ray.planner.candidate import PlanRequest
-from qwen_ray.planner.cost import Estimate, Site, StepLoad, rank_seconds, stage_seconds
+from qwen_ray.planner.cost import (
+    Estimate,
+    Site,
+    StepLoad,
+    exchange_bytes_per_token,
+    rank_seconds,
+    reduce_bytes_per_token,
+    stage_seconds,
+)
 from qwen_ray.planner.family import lookup
 from qwen_ray.planner.search import plan
 
@@ -66,20 +74,97 @@ def test_a_mixture_reads_what_its_tokens_touch() -> None:
     site = Site(node=Hardware.parse("1xH100-80G").nodes[0], index=0)
 
     def seconds(num_tokens: int) -> float:
-        load = StepLoad(
-            num_tokens=num_tokens,
-            num_sequences=num_tokens,
-            context=1,
-            num_kv_tokens=0,
-            num_shared_tokens=num_tokens,
-        )
-        return rank_seconds(config, shard, "bfloat16", site, load)
+        return rank_seconds(config, shard, "bfloat16", site, shared_load(num_tokens, num_tokens))
 
     head = config.vocab_size * config.hidden_size
     active = 2 * (config.num_active_parameters - head - config.hidden_size)  # bytes; the embedding is not read
     assert seconds(1) == pytest.approx(active / (0.7 * 3350e9), rel=1e-3)
     everything = 2 * (config.num_parameters - head - config.hidden_size)
     assert seconds(128) == pytest.approx(everything / (0.7 * 3350e9), rel=1e-2)
+
+
+def shared_load(num_tokens: int, num_shared_tokens: int, imbalance: float = 1.0) -> StepLoad:
+    return StepLoad(
+        num_tokens=num_tokens,
+        num_sequences=num_tokens,
+        context=1,
+        num_kv_tokens=0,
+        num_shared_tokens=num_shared_tokens,
+        imbalance=imbalance,
+    )
+
+
+def test_whole_experts_are_read_unevenly_by_few_tokens_and_alike_by_many() -> None:
+    """Of 8 experts for a token, a rank of 8 has one on average and the fullest of them about three."""
+    config = lookup("qwen3-30b-a3b")
+    assert config is not None
+    site = Site(node=Hardware.parse("8xH100-80G").nodes[0], index=0)
+    cut, whole = (ParallelPlan.of(config, tp=8, ep=ep).shard(config, 0) for ep in (1, 8))
+
+    def extra(num_tokens: int) -> float:
+        """Experts' worth of bytes that the fullest rank reads beyond an eighth of what is touched."""
+        load = shared_load(num_tokens, num_tokens)
+        seconds = [rank_seconds(config, shard, "bfloat16", site, load) for shard in (cut, whole)]
+        return (seconds[1] - seconds[0]) * 0.7 * 3350e9 / (48 * 3 * 2048 * 768 * 2)
+
+    assert extra(1) == pytest.approx(2, abs=0.5)
+    assert extra(512) == pytest.approx(0, abs=0.01)
+
+
+def test_a_load_that_is_known_slows_the_fullest_rank() -> None:
+    config = lookup("qwen3-235b-a22b")
+    assert config is not None
+    plan = ParallelPlan.of(config, ep=8)
+    site = Site(node=Hardware.parse("8xH100-80G").nodes[0], index=0)
+    even, skewed = (
+        stage_seconds(config, plan, "bfloat16", (site,), shared_load(4096, 8 * 4096, imbalance))[0]
+        for imbalance in (1.0, 2.0)
+    )
+    # What the experts compute: 8 x 4,096 tokens x 8 choices / 8 ranks x 2 x 18.9 M x 94 layers at half of 989 TFLOP/s.
+    computed = 4096 * 8 * 2 * 3 * 4096 * 1536 * 94 / (0.5 * 989e12)
+    # What reaches the fullest rank: of 8 x 4,096 tokens, 5.25 / 8 x 7 / 8, there and back.
+    exchanged = 8 * 4096 * (1 - (7 / 8) ** 8) * 7 / 8 * (2 * 4096 * 2 + 64) * 94 / 450e9
+    assert skewed - even == pytest.approx(computed + exchanged, rel=0.01)
+
+
+def test_bytes_between_ranks() -> None:
+    """8 choices among 8 ranks reach 8 (1 - (7/8)^8) = 5.25 of them, 7/8 of them another one."""
+    config = lookup("qwen3-235b-a22b")
+    assert config is not None
+    rows = 8 * (1 - (7 / 8) ** 8) * 7 / 8
+    dispatched = ParallelPlan.of(config, ep=8)
+    assert exchange_bytes_per_token(config, dispatched, "bfloat16") == pytest.approx(rows * (2 * 8192 + 64))
+    assert exchange_bytes_per_token(config, dispatched, "fp8") == pytest.approx(rows * (2 * 8192 + 64))
+    assert reduce_bytes_per_token(config, dispatched, "bfloat16") == 0
+    replicated = ParallelPlan.of(config, tp=8, ep=8)
+    assert exchange_bytes_per_token(config, replicated, "bfloat16") == 0
+    assert reduce_bytes_per_token(config, replicated, "bfloat16") == 2 * 7 / 8 * 8192
+    # Every expert cut over both ranks: a token goes to the other one, whatever it chooses.
+    cut = ParallelPlan.of(config, dp_attention=2)
+    assert exchange_bytes_per_token(config, cut, "bfloat16") == pytest.approx(2 * 8192 + 64)
+
+
+def test_attention_for_sequences_of_its_own_pays_when_there_are_many() -> None:
+    """With 4 KV heads, eight tensor ranks read every KV cache twice; eight dp ranks read each once."""
+    many, few = (
+        [
+            estimated(
+                "qwen3-235b-a22b",
+                "8xH200-141G",
+                dtype="fp8",
+                tp=tp,
+                dp_attention=8 // tp,
+                ep=8,
+                pp=1,
+                concurrency=concurrency,
+                max_num_seqs=1024,
+            ).tokens_per_s
+            for tp in (1, 8)
+        ]
+        for concurrency in (2000, 1)
+    )
+    assert many[0] > 1.3 * many[1]
+    assert few[0] < few[1]
 
 
 def test_the_slowest_rank_rules() -> None:

@@ -69,3 +69,38 @@ def test_words_name_ranks_layers_nodes_and_numbers() -> None:
     refused = describe(report("qwen2.5-72b", "1xH100-80G"))
     assert "Nothing fits." in refused
     assert "would hold it" in refused
+
+
+def test_a_mixture_tells_of_its_experts() -> None:
+    config = lookup("qwen3-30b-a3b")
+    assert config is not None
+    load = ((90.0,) + (1.0,) * 127,) * 47 + ((1.0,) * 128,)
+    found = plan(
+        PlanRequest(
+            config=config,
+            hardware=Hardware.parse("4xH100-80G"),
+            tp=1,
+            pp=1,
+            ep=4,
+            num_redundant_experts=4,
+            expert_load=load,
+        )
+    )
+    text = describe(found)
+    assert "30.53 B parameters, 3.35 B active" in text
+    assert "Chosen: tp=1 pp=1 ep=4 dp_attention=4 dp=1" in text
+    assert (
+        "128 experts and 4 copies in each of 48 layers, of which a token passes 8: 4 expert ranks of 33 slots" in text
+    )
+    # 8 choices reach 4 (1 - (3/4)^8) = 3.6 of 4 ranks, 3/4 of them another one: 2.7 x (2 x 4,096 + 64) bytes.
+    assert "22.3 kB in two all-to-alls for each token and layer" in text
+    # Dealt out in order, rank 0 has 90 + 31 of 217 tokens in 47 layers, four times 121 / 217 = 2.23, and a quarter in
+    # one; as placed, expert 0 has a copy on each rank.
+    assert "1.00 as placed (worst layer 1.00), 2.22 dealt out in order (worst layer 2.23)" in text
+    answer = json.loads(json.dumps(to_json(found)))
+    chosen = answer["chosen"]
+    assert (chosen["ep"], chosen["dp_attention"], chosen["num_redundant_experts"]) == (4, 4, 4)
+    assert chosen["expert_imbalance"]["even"] > 2 > chosen["expert_imbalance"]["placed"]
+    held = sum(chosen["weights_bytes_per_rank"]) - sum(chosen["copies_bytes"].values())
+    assert held == answer["checkpoint_bytes"] == 2 * answer["num_parameters"]
+    assert set(chosen["copies_bytes"]) == {"attention", "experts", "embedding and head", "norms and routers"}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qwen_ray.core.errors import PlanRefused
 from qwen_ray.core.hardware import GB, GIB, Hardware, Node, cpu_device
 from qwen_ray.core.model_config import ModelConfig, RopeConfig
+from qwen_ray.core.plan import ExpertPlacement
 from qwen_ray.planner.candidate import Candidate, PlanRequest, Slo
 from qwen_ray.planner.family import FAMILY, lookup
 from qwen_ray.planner.search import plan
@@ -70,8 +71,20 @@ requests = st.builds(
 )
 
 
-@given(asked=requests)
-@settings(max_examples=60, deadline=None)
+mixtures = st.builds(
+    request,
+    st.sampled_from(sorted(name for name, config in FAMILY.items() if config.moe)),
+    st.sampled_from(["8xA100-40G", "3x8xH100-80G", "8xH100-80G+4xA100-40G", "2x1xcpu-64G+1xcpu-24G"]),
+    ep=st.sampled_from([2, 4]),
+    pp=st.none() | st.integers(1, 4),
+    dtype=st.sampled_from([None, "fp8"]),
+    num_redundant_experts=st.sampled_from([0, 4]),
+    concurrency=st.integers(1, 500),
+)
+
+
+@given(asked=requests | mixtures)
+@settings(max_examples=40, deadline=None)
 def test_the_chosen_fits_and_the_rejected_do_not(asked: PlanRequest) -> None:
     report = plan(asked)
     assert report.candidates
@@ -129,6 +142,8 @@ def test_72b_on_one_h100_is_refused_with_its_numbers() -> None:
 def test_advice_names_degrees_and_contexts_that_fit() -> None:
     with pytest.raises(PlanRefused, match="It fits with tp=8 pp=1 dp=1"):
         plan(request("qwen2.5-72b", "8xH100-80G", tp=1, pp=1)).require()
+    with pytest.raises(PlanRefused, match="fits with tp=1 pp=1 ep=1 dp_attention=1 dp=1, without redundant experts"):
+        plan(request("qwen3-30b-a3b", "1xcpu-80G", ep=2, num_redundant_experts=40)).require()
     report = plan(request("qwen2.5-7b", "1xL4-24G", max_model_len=131072))
     (advice,) = [line for line in report.advice if "max_model_len" in line]
     shorter = int(advice.rstrip(".").split()[-1])
@@ -155,6 +170,87 @@ def test_degrees_that_the_model_has_not_are_refused_at_once() -> None:
         plan(request("demo", "1xcpu-24G", max_model_len=9000))
     with pytest.raises(PlanRefused, match="no cuda device"):
         plan(request("demo", "1xcpu-24G", device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "found"),
+    [
+        ({"ep": 4}, {(4, 1, 4), (2, 2, 4), (1, 4, 4), (8, 1, 4), (4, 2, 4), (2, 4, 4), (1, 8, 4)}),
+        ({"dp_attention": 4}, {(1, 4, 4), (2, 4, 8)}),
+        ({"tp": 2, "dp_attention": 2}, {(2, 2, 4)}),
+        ({"tp": 2, "ep": 1, "dp_attention": 2}, {(2, 2, 1)}),
+        ({"tp": 3, "ep": 6}, {(3, 2, 6)}),
+        ({"tp": 2, "num_redundant_experts": 129}, {(2, 2, 4), (2, 4, 8)}),
+    ],
+)
+def test_degrees_of_experts_that_are_asked_for(wishes: dict[str, object], found: set[tuple[int, int, int]]) -> None:
+    plans = [candidate.plan for candidate in plan(request("qwen3-30b-a3b", "8xH200-141G", **wishes)).candidates]
+    assert {(plan.tp, plan.dp_attention, plan.ep) for plan in plans} == found
+    assert all(candidate.stage_size * candidate.pp <= 8 for candidate in plans)
+
+
+def test_on_a_cpu_ranks_are_as_many_as_are_asked_for() -> None:
+    def degrees(**wishes: object) -> tuple[int, int, int]:
+        chosen = plan(request("qwen3-30b-a3b", "1xcpu-128G", **wishes)).require()
+        assert chosen.engine.dp_attention == chosen.plan.dp_attention
+        return chosen.plan.tp, chosen.plan.dp_attention, chosen.plan.ep
+
+    assert degrees() == (1, 1, 1)
+    assert degrees(ep=2) == (1, 2, 2)
+    assert degrees(tp=2, ep=2) == (2, 1, 2)
+    assert degrees(tp=2, ep=1) == (2, 1, 1)
+
+
+def test_dp_ranks_have_blocks_of_their_own() -> None:
+    one, two = (
+        plan(request("qwen3-30b-a3b", "1xcpu-256G", num_blocks=256, max_model_len=1024, **wishes)).require()
+        for wishes in ({}, {"ep": 2})
+    )
+    assert (one.engine.num_blocks, two.engine.num_blocks) == (256, 256)
+    assert (one.num_kv_tokens, two.num_kv_tokens) == (4096, 8192)
+    assert (one.max_sequences, two.max_sequences) == (4, 8)
+    assert one.kv_bytes_per_token == two.kv_bytes_per_token
+    assert two.num_threads == max(1, one.num_threads // 2)
+
+
+def test_the_ranks_of_a_stage_stay_inside_a_node() -> None:
+    chosen = plan(request("qwen3-235b-a22b", "2x8xH100-80G", tp=4, dp_attention=2, ep=8, pp=2)).require()
+    assert chosen.placement == ((0, 1),)
+    wide = plan(request("qwen3-235b-a22b", "2x8xH100-80G", tp=8, dp_attention=2)).candidates[0]
+    assert wide.reason == "tp 8 x dp_attention 2 > 8 devices of the largest node"
+
+
+def test_experts_lie_where_their_load_asks() -> None:
+    hot = (1000.0,) * 16 + (10.0,) * 112
+    asked = request("qwen3-30b-a3b", "8xH200-141G", ep=8, tp=8, expert_load=(hot,) * 48)
+    blind, seeing = (plan(replace(asked, expert_load=load)).require() for load in (None, asked.expert_load))
+    assert blind.plan.experts == ExpertPlacement.even(asked.config, 8)
+    assert seeing.plan.experts is not None
+    assert [sum(expert < 16 for expert in own) for own in seeing.plan.experts.slots[0]] == [2] * 8
+    spec = seeing.replica_spec(name="m", path="/m")
+    assert spec.plan.experts == seeing.plan.experts
+    copied = plan(replace(asked, num_redundant_experts=8)).require()
+    assert copied.plan.experts is not None
+    assert {copied.plan.experts.num_slots(rank) for rank in range(8)} == {17}
+    one = 3 * 2048 * 768 * 2 * 48
+    assert {a.weights - b.weights for a, b in zip(copied.ranks, seeing.ranks, strict=True)} == {one}
+
+
+def test_experts_of_a_dense_model_are_refused() -> None:
+    for wishes in ({"ep": 2}, {"dp_attention": 2}, {"num_redundant_experts": 1}, {"expert_load": ((1.0,),)}):
+        with pytest.raises(PlanRefused, match=f"{next(iter(wishes))} is for a model with experts"):
+            plan(request("qwen2.5-7b", "8xH100-80G", **wishes))
+
+
+def test_degrees_that_experts_cannot_be_dealt_to_are_refused() -> None:
+    with pytest.raises(PlanRefused, match="ep=3 must divide"):
+        plan(request("qwen3-30b-a3b", "8xH100-80G", tp=2, dp_attention=2, ep=3))
+    with pytest.raises(PlanRefused, match="ep=129"):
+        plan(request("qwen3-30b-a3b", "8xH100-80G", ep=129))
+    with pytest.raises(PlanRefused, match="2 redundant experts"):
+        plan(request("qwen3-30b-a3b", "8xH100-80G", ep=1, num_redundant_experts=2))
+    with pytest.raises(PlanRefused, match="130 slots"):
+        plan(request("qwen3-30b-a3b", "1xcpu-256G", num_redundant_experts=2))
 
 
 def test_too_few_devices_are_named() -> None:
