@@ -18,8 +18,8 @@ from qwen_ray.sizing import plan_request
 HARDWARE = Hardware.parse("1xcpu-256G")
 
 
-def asked(model: str, *, only_plan: bool = False, **flags: object) -> PlanRequest:
-    settings = load_settings(None, {"model": model, **{k.replace("_", "-"): v for k, v in flags.items()}}, {})
+def asked(model: str, flags: dict[str, object], *, only_plan: bool = False) -> PlanRequest:
+    settings = load_settings(None, {"model": model, **flags}, {})
     config = lookup(model)
     assert config is not None
     return plan_request(settings, settings.models[0], config, HARDWARE, dp=1, only_plan=only_plan)
@@ -29,37 +29,30 @@ def test_wishes_about_experts_are_passed_on(tmp_path: Path) -> None:
     file = tmp_path / "load.json"
     tokens = [[float(i)] * 128 for i in range(48)]
     file.write_text(json.dumps({"model": "m", "num_experts": 128, "expert_tokens": tokens}))
-    request = asked(
-        "Qwen/Qwen3-30B-A3B",
-        ep=2,
-        dp_attention=2,
-        num_redundant_experts=2,
-        enable_eplb=True,
-        eplb_interval=5,
-        expert_load=str(file),
-    )
+    flags = {"ep": 2, "dp-attention": 2, "num-redundant-experts": 2, "expert-load": str(file)}
+    request = asked("Qwen/Qwen3-30B-A3B", {**flags, "enable-eplb": True, "eplb-interval": 5})
     assert (request.ep, request.dp_attention, request.num_redundant_experts) == (2, 2, 2)
     assert request.expert_load == tuple(map(tuple, tokens))
     spec = plan(request).require().replica_spec(name="m", path="/m")
     assert spec.eplb_interval == 5
     assert (spec.plan.ep, spec.plan.dp_attention, spec.engine.dp_attention) == (2, 2, 2)
-    assert asked("Qwen/Qwen3-30B-A3B").eplb_interval is None
+    assert asked("Qwen/Qwen3-30B-A3B", {}).eplb_interval is None
 
 
 def test_a_load_that_is_no_json_is_named(tmp_path: Path) -> None:
     file = tmp_path / "load.json"
     file.write_text("{")
-    with pytest.raises(SettingsError, match="load.json: is not JSON"):
-        asked("Qwen/Qwen3-30B-A3B", expert_load=str(file))
+    with pytest.raises(SettingsError, match=r"load\.json: is not JSON"):
+        asked("Qwen/Qwen3-30B-A3B", {"expert-load": str(file)})
 
 
 def test_fp8_is_only_planned_with() -> None:
-    assert asked("Qwen/Qwen3-30B-A3B", dtype="fp8", only_plan=True).weight_dtype == "fp8"
+    assert asked("Qwen/Qwen3-30B-A3B", {"dtype": "fp8"}, only_plan=True).weight_dtype == "fp8"
     with pytest.raises(SettingsError, match="fp8"):
-        asked("Qwen/Qwen3-30B-A3B", dtype="fp8")
+        asked("Qwen/Qwen3-30B-A3B", {"dtype": "fp8"})
 
 
-@pytest.mark.parametrize("flag", ["num_redundant_experts", "enable_eplb", "expert_load"])
+@pytest.mark.parametrize("flag", ["num-redundant-experts", "enable-eplb", "expert-load"])
 def test_experts_of_a_dense_model_cannot_be_asked_for(flag: str) -> None:
     with pytest.raises(SettingsError, match=r"models\.0\.experts\."):
-        asked("Qwen/Qwen3-8B", **{flag: "1"})
+        asked("Qwen/Qwen3-8B", {flag: "1"})
