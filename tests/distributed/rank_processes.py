@@ -167,18 +167,19 @@ def forward_steps(
     sequences: list[list[int]],
     parts: list[Steps],
     moves: Mapping[int, list[MoveExperts]] = MappingProxyType({}),
+    dtype: torch.dtype = torch.float32,
 ) -> Life:
     """One rank's life: join, load, run the steps of its dp rank. `moves[i]` happen before step i."""
     shard: Shard = plan.shard(config, rank)
     rendezvous = Rendezvous(address=address, name=f"test{os.path.basename(weights)}")
     groups = Groups.join(shard, rendezvous, CPU, timeout=30)
     try:
-        model = registry.build(config, shard, groups, CPU, torch.float32, max_len=64)
+        model = registry.build(config, shard, groups, CPU, dtype, max_len=64)
         model.load(Tensors(torch.load(weights, mmap=True)))
         for attention in model.attentions:
             shape = (len(sequences) * BLOCKS_PER_SEQUENCE, BLOCK_SIZE, attention.num_kv_heads, attention.head_dim)
             # Not zeros: what is read without having been written must not go unnoticed.
-            attention.kv_cache = (torch.full(shape, float("nan")), torch.full(shape, float("nan")))
+            attention.kv_cache = tuple(torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
         logits: list[torch.Tensor] = []
         num_moved = 0
         for i, (chunks, rows) in enumerate(parts[shard.dp_rank]):
