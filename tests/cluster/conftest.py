@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
+from served import Answer, demo_answers
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +18,8 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def answers_of_demo(demo_gguf: Path) -> list[Answer]:
+    return demo_answers(demo_gguf)

@@ -3,130 +3,24 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
-import torch
-import transformers
 from openai import OpenAI
-from openai.types import Completion
-
-from qwen_ray.commands.ports import free_ports
-from qwen_ray.commands.process_tree import descendants
-from qwen_ray.config import Settings
-from qwen_ray.source.resolve import resolve
-
-PROMPTS = [
-    "What is the capital of France?",
-    "Write a haiku about the sea.",
-    "Explain why the sky is blue in one sentence.",
-    "List three uses for a paperclip.",
-    "What is 12 times 12?",
-    "Who wrote Romeo and Juliet?",
-    "Translate 'good morning' to Spanish.",
-    "Give me a recipe for pancakes.",
-    "What is photosynthesis?",
-    "Name the planets of the solar system.",
-    "Write a Python function that reverses a string.",
-    "What is the boiling point of water?",
-    "Tell me a short story about a fox.",
-    "How do vaccines work?",
-    "What are the primary colors?",
-    "Summarize the water cycle.",
-    "Why do cats purr?",
-    "What does HTTP stand for?",
-    "Suggest a name for a bakery.",
-    "What is the largest ocean on Earth?",
-]
-NUM_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Answer:
-    prompt_ids: list[int]
-    output_ids: list[int]
-    text: str
-
-
-@pytest.fixture(scope="module")
-def reference() -> list[Answer]:
-    """transformers' greedy answers in float32, one prompt at a time."""
-    gguf = resolve("demo", Settings().cache_dir)
-    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    transformers.logging.set_verbosity_error()
-    model = transformers.LlamaForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
-    answers: list[Answer] = []
-    for prompt in PROMPTS:
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        with torch.inference_mode():
-            out = model.generate(torch.tensor([ids]), max_new_tokens=NUM_TOKENS, do_sample=False)
-        output = out[0, len(ids) :].tolist()
-        answers.append(Answer(ids, output, tokenizer.decode(output, skip_special_tokens=True)))
-    return answers
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[str]:
-    """`qwen-ray serve …` until it is ready; afterwards Ctrl-C, 10 s, and nothing may be left."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "qwen_ray.cli", "serve", *arguments, "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not is_ready(url):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "not ready in 120 s"
-            time.sleep(0.3)
-        yield url
-        started = descendants(process.pid)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=10)
-        assert process.returncode == 0, output
-        assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.communicate(timeout=30)
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/ready", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
+from served import NUM_TOKENS, PROMPTS, Answer, check_answers, serving
 
 
 @pytest.mark.parametrize("plan", [("--tp", "2"), ("--pp", "2"), ("--tp", "3", "--pp", "2")], ids=" ".join)
-def test_every_plan_gives_the_tokens_of_transformers(plan: tuple[str, ...], reference: list[Answer]) -> None:
+def test_every_plan_gives_the_tokens_of_transformers(plan: tuple[str, ...], answers_of_demo: list[Answer]) -> None:
     degrees = dict(zip(plan[::2], map(int, plan[1::2]), strict=True))
     num_ranks = degrees.get("--tp", 1) * degrees.get("--pp", 1)
-    with serving("demo", *plan) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    with serving("demo", *plan) as url:
         status = httpx.get(f"{url}/status").json()
         ranks = [rank for replica in status["replicas"] for rank in replica["ranks"]]
         assert len({rank["pid"] for rank in ranks}) == num_ranks
-
-        def complete(answer: Answer) -> Completion:
-            return client.completions.create(
-                model="demo", prompt=answer.prompt_ids, max_tokens=NUM_TOKENS, temperature=0
-            )
-
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            for answer, completion in zip(reference, pool.map(complete, reference), strict=True):
-                assert completion.choices[0].text == answer.text
-                assert completion.usage is not None
-                assert completion.usage.completion_tokens == len(answer.output_ids)
+        check_answers(url, "demo", answers_of_demo)
 
 
 def test_paris_streams_and_status_is_a_table() -> None:
