@@ -65,6 +65,12 @@ def test_a_hot_expert_is_copied_and_the_rest_packed() -> None:
     assert imbalance(tokens, found) == 1.0
 
 
+def test_packing_is_mended_by_exchanges() -> None:
+    """The heaviest first would lie with one of the others, as the other rank has one slot only."""
+    tokens = [[1.0, 1.0, 2.0]]
+    assert imbalance(tokens, balance(tokens, ep=2, num_slots=(2, 1))) == 1.0
+
+
 def test_experts_stay_where_they_can() -> None:
     """Both hot experts are on rank 1; one of them changes places with a cold one, and nothing else moves."""
     current = ExpertPlacement(slots=(((5, 2, 3), (0, 1, 4)),))
@@ -78,6 +84,21 @@ def test_experts_stay_where_they_can() -> None:
         if a != b
     ]
     assert len(changed) == 2
+
+
+@pytest.mark.parametrize("num_redundant", [0, 16])
+def test_a_load_that_has_changed_a_little_moves_little(num_redundant: int) -> None:
+    chance = random.Random(0)
+    load = [[chance.paretovariate(2) for _ in range(128)] for _ in range(4)]
+    num_slots = even_slots(128, 8, num_redundant)
+    current = balance(load, ep=8, num_slots=num_slots)
+    changed = [[expert * chance.paretovariate(4) for expert in layer] for layer in load]
+    found = balance(changed, ep=8, num_slots=num_slots, current=current)
+    again = balance(changed, ep=8, num_slots=num_slots)
+    assert imbalance(changed, found) < imbalance(changed, again) * 1.03
+    assert imbalance(changed, current) - 1 > 1.5 * (imbalance(changed, found) - 1)
+    before, after = ([expert for layer in p.slots for own in layer for expert in own] for p in (current, found))
+    assert sum(a != b for a, b in zip(before, after, strict=True)) < len(before) / 6
 
 
 def test_what_one_layer_cannot_even_out_falls_on_another_rank_in_the_next() -> None:
