@@ -106,7 +106,10 @@ class StoredTensor:
         num_rows, num_columns = self._matrix
         if len(self.shape) == 1:
             rows, columns = None, rows
-        rows, columns = rows or Span(0, num_rows), columns or Span(0, num_columns)
+        rows = Span(0, num_rows) if rows is None else rows
+        columns = Span(0, num_columns) if columns is None else columns
+        if not rows or not columns:  # more ranks than units to cut
+            return torch.empty([len(rows), len(columns)][-len(self.shape) :], dtype=dtype), 0
         needed, blocks = self.block.bytes_needed(columns), self.block.covering(columns)
         covering, first_column = blocks.scaled(self.block.num_bytes), blocks.start * self.block.size
         cut = slice(columns.start - first_column, columns.stop - first_column)
