@@ -56,6 +56,7 @@ def serve(*, settings: Settings, model: ModelArgument = None) -> None:
       qwen-ray serve
       qwen-ray serve demo --tp 2 --port 9000
       qwen-ray serve Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --max-model-len 32k
+      qwen-ray serve Qwen/Qwen3-30B-A3B --ep 2 --enable-eplb
       qwen-ray serve -f settings.yaml
     """
     from qwen_ray.commands.serve import run_serve
@@ -91,6 +92,7 @@ def plan(
 
       qwen-ray plan Qwen/Qwen2.5-72B-Instruct --hardware 8xH100-80G
       qwen-ray plan Qwen/Qwen3-235B-A22B --hardware 2x8xH100-80G --context 32k --concurrency 64 --json
+      qwen-ray plan Qwen/Qwen3-30B-A3B --hardware 8xH100-80G --ep 8 --expert-load load.json --num-redundant-experts 8
       qwen-ray plan demo --tp 2
     """
     from qwen_ray.commands.plan import run_plan

@@ -46,7 +46,7 @@ class PlanRequest:
     dp_attention: int | None = None
     num_redundant_experts: int = 0
     expert_load: tuple[tuple[float, ...], ...] | None = None
-    eplb_interval: float | None = None  # seconds; not looked at, only handed on
+    eplb_interval: float | None = None  # seconds; None: experts stay where they are
     max_model_len: int | None = None
     concurrency: int = 64
     prompt_len: int = 1024

@@ -145,8 +145,11 @@ def _place_experts(
 
 
 def _weigh(request: PlanRequest, plan: ParallelPlan, engine: EngineConfig) -> tuple[RankMemory, ...]:
-    shards = plan.shards(request.config)
-    return tuple(rank_memory(request.config, s, request.weight_dtype, engine, request.kind) for s in shards)
+    config, dtype, moves_experts = request.config, request.weight_dtype, request.eplb_interval is not None
+    return tuple(
+        rank_memory(config, shard, dtype, engine, request.kind, moves_experts=moves_experts)
+        for shard in plan.shards(config)
+    )
 
 
 def _divide(draft: Candidate, replica: Replica) -> tuple[Span, ...]:

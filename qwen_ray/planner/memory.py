@@ -124,8 +124,14 @@ def compute_dtype(dtype: str) -> str:
     return "bfloat16" if dtype == "fp8" else dtype
 
 
-def rank_memory(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> RankMemory:
-    """`engine.num_blocks` is not looked at; `dtype` is that of the weights; `kind` is the device's: cuda or cpu."""
+def rank_memory(
+    config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str, *, moves_experts: bool = False
+) -> RankMemory:
+    """`engine.num_blocks` is not looked at; `dtype` is that of the weights; `kind` is the device's: cuda or cpu.
+
+    `moves_experts`: between two steps, new experts for all slots of a layer may lie beside those that give way.
+    """
+    arrivals = Weights(experts=num_slots(shard) * expert_weights(config, shard) if moves_experts else 0)
     width = DTYPE_BYTES[compute_dtype(dtype)]
     kv_per_block = num_kv_elements(config, shard) * engine.block_size * width
     return RankMemory(
@@ -134,7 +140,7 @@ def rank_memory(config: ModelConfig, shard: Shard, dtype: str, engine: EngineCon
         tables=engine.max_model_len * config.head_dim * width,
         kv_per_block=kv_per_block,
         gather_per_block=kv_per_block // len(shard.layers) if kind == "cpu" else 0,
-        activations=activation_bytes(config, shard, compute_dtype(dtype), engine, kind),
+        activations=max(activation_bytes(config, shard, compute_dtype(dtype), engine, kind), arrivals.num_bytes(dtype)),
         reserve=reserve_bytes(shard, kind),
     )
 

@@ -214,3 +214,13 @@ def test_activations_of_experts_grow_with_the_ranks_that_send_tokens() -> None:
         for plan in (ParallelPlan.of(config, tp=4, ep=4), ParallelPlan.of(config, ep=4))
     )
     assert four - one > 3 * 4 * 2048 * 2048 * 2 - 2 * 2048 * 2048 * 2
+
+
+def test_experts_that_move_need_room_for_a_layer_of_them() -> None:
+    """16 of 3 x 4,096 x 1,536 in bfloat16 are more than a step of 16 tokens takes."""
+    config = known("qwen3-235b-a22b")
+    shard = ParallelPlan.of(config, ep=8).shard(config, 1)
+    engine = EngineConfig(num_blocks=0, max_num_batched_tokens=16, max_num_seqs=1)
+    assert rank_memory(config, shard, "bfloat16", engine, "cuda").activations < 10**8
+    moving = rank_memory(config, shard, "bfloat16", engine, "cuda", moves_experts=True)
+    assert moving.activations == 16 * 3 * 4096 * 1536 * 2
