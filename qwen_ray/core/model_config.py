@@ -7,7 +7,7 @@ wrongly in silence. Knows nothing of ranks, devices or files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qwen_ray.core.errors import CheckpointError
@@ -74,7 +74,7 @@ class ModelConfig:
         _refuse_unknown_features(raw, source)
         heads = _integer(raw, "num_attention_heads", source)
         hidden = _integer(raw, "hidden_size", source)
-        return cls(
+        config = cls(
             architecture=kind,
             vocab_size=_integer(raw, "vocab_size", source),
             hidden_size=hidden,
@@ -94,6 +94,8 @@ class ModelConfig:
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=token_ids(raw.get("eos_token_id")),
         )
+        is_dense = not any(map(config.is_sparse, range(config.num_hidden_layers)))
+        return replace(config, moe=None) if is_dense else config
 
     def is_sparse(self, layer: int) -> bool:
         """Whether `layer` has experts in place of one MLP."""

@@ -123,3 +123,7 @@ def test_a_placement_that_is_not_one(layer: tuple[tuple[int, ...], ...]) -> None
     even.with_layer(1, ((6, 5, 4, 3), (2, 1, 0))).check(config, 2)
     with pytest.raises(PlanRefused, match="expert placement"):
         even.with_layer(1, layer).check(config, 2)
+
+
+def test_experts_in_no_layer_are_no_experts() -> None:
+    assert moe(sparse_step=5).moe is None
