@@ -11,9 +11,7 @@ from fastapi import Request
 
 from qwen_ray.core.errors import RequestError
 from qwen_ray.core.request import TokenLogprobs
-from qwen_ray.serving.errors import error_body
-from qwen_ray.serving.generation import Generation
-from qwen_ray.serving.schema import (
+from qwen_ray.serving.answer_schema import (
     CompletionTokensDetails,
     PromptLogprobs,
     PromptTokensDetails,
@@ -21,6 +19,8 @@ from qwen_ray.serving.schema import (
     TopLogprob,
     Usage,
 )
+from qwen_ray.serving.errors import error_body
+from qwen_ray.serving.generation import Generation
 from qwen_ray.serving.sse import DONE, EventStream, event, unless_gone
 from qwen_ray.text.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import SamplingParams, Thinking, TokenLogprobs
-from qwen_ray.serving import schema
+from qwen_ray.serving import answer_schema, schema
 from qwen_ray.serving.answer import prompt_logprobs, stream_response, token_logprobs, usage
 from qwen_ray.serving.generation import Generation, Generator, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
@@ -20,7 +20,7 @@ from qwen_ray.text.choice import Piece
 
 async def create(
     body: schema.ChatRequest, request: Request, generator: Generator, arrival: float
-) -> schema.ChatCompletion | EventStream:
+) -> answer_schema.ChatCompletion | EventStream:
     """`arrival` in seconds since the epoch. Raises RequestError, ClientGone."""
     sampling = _sampling(body)
     prompt = await generator.encode_chat(
@@ -78,10 +78,10 @@ class _Chat:
     id: str
     created: int
 
-    async def whole(self, generation: Generation) -> schema.ChatCompletion:
+    async def whole(self, generation: Generation) -> answer_schema.ChatCompletion:
         texts = [""] * len(generation.choices)
         reasoning = [""] * len(texts)
-        logprobs: list[list[schema.TokenLogprob]] = [[] for _ in texts]
+        logprobs: list[list[answer_schema.TokenLogprob]] = [[] for _ in texts]
         last: list[Piece | None] = [None] * len(texts)
         of_prompt: tuple[TokenLogprobs, ...] = ()
         async with aclosing(generation.pieces()) as steps:
@@ -93,12 +93,12 @@ class _Chat:
                     of_prompt = of_prompt or piece.prompt_logprobs
                     last[piece.index] = piece
         choices = [
-            schema.ChatChoice(
+            answer_schema.ChatChoice(
                 index=piece.index,
-                message=schema.AnswerMessage(
+                message=answer_schema.AnswerMessage(
                     content=texts[piece.index], reasoning_content=reasoning[piece.index] or None
                 ),
-                logprobs=schema.ChatLogprobs(content=logprobs[piece.index]) if self.body.logprobs else None,
+                logprobs=answer_schema.ChatLogprobs(content=logprobs[piece.index]) if self.body.logprobs else None,
                 finish_reason=piece.finish_reason or "stop",
                 stop_reason=piece.stop_reason,
             )
@@ -106,7 +106,7 @@ class _Chat:
             if piece is not None
         ]
         tokenizer = self.generator.tokenizer
-        return schema.ChatCompletion(
+        return answer_schema.ChatCompletion(
             id=self.id,
             created=self.created,
             model=self.generator.model.name,
@@ -161,7 +161,7 @@ class _Chat:
         index: int,
         delta: dict[str, Any],
         *,
-        logprobs: list[schema.TokenLogprob] | None = None,
+        logprobs: list[answer_schema.TokenLogprob] | None = None,
         first: Piece | None = None,
         last: Piece | None = None,
     ) -> bytes:
@@ -177,7 +177,7 @@ class _Chat:
             chunk["usage"] = None
         return event(chunk)
 
-    def _logprobs(self, piece: Piece) -> list[schema.TokenLogprob]:
+    def _logprobs(self, piece: Piece) -> list[answer_schema.TokenLogprob]:
         if not self.body.logprobs:
             return []
         return token_logprobs(piece.logprobs, self.body.top_logprobs or 0, self.generator.tokenizer)

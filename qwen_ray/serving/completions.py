@@ -12,7 +12,7 @@ from fastapi import Request
 
 from qwen_ray.core.errors import InvalidRequest, RequestTooLarge
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
-from qwen_ray.serving import schema
+from qwen_ray.serving import answer_schema, schema
 from qwen_ray.serving.answer import finite, prompt_logprobs, stream_response, token_text, usage
 from qwen_ray.serving.generation import Generation, Generator, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
@@ -24,7 +24,7 @@ MAX_PROMPTS = 1024
 
 async def create(
     body: schema.CompletionRequest, request: Request, generator: Generator, arrival: float
-) -> schema.Completion | EventStream:
+) -> answer_schema.Completion | EventStream:
     """`arrival` in seconds since the epoch. Raises RequestError, ClientGone."""
     sampling = _sampling(body)
     if len(body.prompts()) > MAX_PROMPTS:
@@ -90,10 +90,10 @@ class _Completion:
     id: str
     created: int
 
-    async def whole(self, generation: Generation) -> schema.Completion:
+    async def whole(self, generation: Generation) -> answer_schema.Completion:
         texts = [""] * len(generation.choices)
         logprobs = self._columns(generation)
-        of_prompt: list[schema.PromptLogprobs | None] = [None] * len(texts)
+        of_prompt: list[answer_schema.PromptLogprobs | None] = [None] * len(texts)
         last: dict[int, Piece] = {}
         async with aclosing(generation.pieces()) as steps:
             async for pieces in steps:
@@ -104,17 +104,17 @@ class _Completion:
                         of_prompt[piece.index] = self._prompt_logprobs(piece)
                     last[piece.index] = piece
         choices = [
-            schema.CompletionChoice(
+            answer_schema.CompletionChoice(
                 index=index,
                 text=texts[index],
-                logprobs=schema.CompletionLogprobs(**logprobs[index].take()) if logprobs else None,
+                logprobs=answer_schema.CompletionLogprobs(**logprobs[index].take()) if logprobs else None,
                 finish_reason=piece.finish_reason,
                 stop_reason=piece.stop_reason,
                 prompt_logprobs=of_prompt[index],
             )
             for index, piece in sorted(last.items())
         ]
-        return schema.Completion(
+        return answer_schema.Completion(
             id=self.id,
             created=self.created,
             model=self.generator.model.name,
@@ -160,13 +160,13 @@ class _Completion:
     def _is_echo_only(self) -> bool:
         return self.body.max_tokens == 0
 
-    def _usage(self, generation: Generation) -> schema.Usage:
+    def _usage(self, generation: Generation) -> answer_schema.Usage:
         used = usage(generation)
         if self._is_echo_only:
             return used.model_copy(update={"completion_tokens": 0, "total_tokens": used.prompt_tokens})
         return used
 
-    def _prompt_logprobs(self, piece: Piece) -> schema.PromptLogprobs | None:
+    def _prompt_logprobs(self, piece: Piece) -> answer_schema.PromptLogprobs | None:
         if self.body.prompt_logprobs is None:
             return None
         return prompt_logprobs(piece.prompt_logprobs, self.generator.tokenizer)

@@ -14,7 +14,7 @@ from qwen_ray.core.errors import UnknownModel
 from qwen_ray.metrics.exporter import CONTENT_TYPE
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.planner.experts import ExpertLoadFile
-from qwen_ray.serving import chat, completions, errors, schema
+from qwen_ray.serving import answer_schema, chat, completions, errors, schema
 from qwen_ray.serving.answer import token_text
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.serving.generation import Generator
@@ -40,9 +40,9 @@ class Service:
         if name is not None and name != self.generator.model.name:
             raise UnknownModel(name, [self.generator.model.name])
 
-    def card(self) -> schema.ModelCard:
+    def card(self) -> answer_schema.ModelCard:
         model = self.generator.model
-        return schema.ModelCard(
+        return answer_schema.ModelCard(
             id=model.name, created=model.created, root=model.source, max_model_len=model.max_model_len
         )
 
@@ -65,34 +65,34 @@ def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-@router.post("/v1/chat/completions", response_model=None, responses={200: {"model": schema.ChatCompletion}})
-async def chat_completions(body: schema.ChatRequest, request: Request) -> schema.ChatCompletion | Response:
+@router.post("/v1/chat/completions", response_model=None, responses={200: {"model": answer_schema.ChatCompletion}})
+async def chat_completions(body: schema.ChatRequest, request: Request) -> answer_schema.ChatCompletion | Response:
     service = _service(request)
     service.check_model(body.model)
     return await chat.create(body, request, service.generator, request.scope[ARRIVAL])
 
 
-@router.post("/v1/completions", response_model=None, responses={200: {"model": schema.Completion}})
-async def text_completions(body: schema.CompletionRequest, request: Request) -> schema.Completion | Response:
+@router.post("/v1/completions", response_model=None, responses={200: {"model": answer_schema.Completion}})
+async def text_completions(body: schema.CompletionRequest, request: Request) -> answer_schema.Completion | Response:
     service = _service(request)
     service.check_model(body.model)
     return await completions.create(body, request, service.generator, request.scope[ARRIVAL])
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> schema.ModelList:
-    return schema.ModelList(data=[_service(request).card()])
+async def models(request: Request) -> answer_schema.ModelList:
+    return answer_schema.ModelList(data=[_service(request).card()])
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, request: Request) -> schema.ModelCard:
+async def model(name: str, request: Request) -> answer_schema.ModelCard:
     service = _service(request)
     service.check_model(name)
     return service.card()
 
 
 @router.post("/tokenize")
-async def tokenize(body: schema.TokenizeRequest, request: Request) -> schema.TokenizeAnswer:
+async def tokenize(body: schema.TokenizeRequest, request: Request) -> answer_schema.TokenizeAnswer:
     service = _service(request)
     service.check_model(body.model)
     generator = service.generator
@@ -105,17 +105,19 @@ async def tokenize(body: schema.TokenizeRequest, request: Request) -> schema.Tok
     else:
         tokens = await generator.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
     texts = [token_text(generator.tokenizer, token) for token in tokens] if body.return_token_strs else None
-    return schema.TokenizeAnswer(
+    return answer_schema.TokenizeAnswer(
         count=len(tokens), max_model_len=generator.model.max_model_len, tokens=tokens, token_strs=texts
     )
 
 
 @router.post("/detokenize")
-async def detokenize(body: schema.DetokenizeRequest, request: Request) -> schema.DetokenizeAnswer:
+async def detokenize(body: schema.DetokenizeRequest, request: Request) -> answer_schema.DetokenizeAnswer:
     service = _service(request)
     service.check_model(body.model)
     service.generator.check_ids("tokens", body.tokens)
-    return schema.DetokenizeAnswer(prompt=service.generator.tokenizer.decode(body.tokens, skip_special_tokens=False))
+    return answer_schema.DetokenizeAnswer(
+        prompt=service.generator.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    )
 
 
 @router.get("/health/live")
