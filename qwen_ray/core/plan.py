@@ -11,6 +11,7 @@ that hold a part of every one of its experts.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -377,3 +378,12 @@ class ReplicaSpec:
     load_format: str = "auto"  # auto | safetensors | gguf | dummy
     num_threads: int = 1  # of one rank
     eplb_interval: float | None = None  # seconds between two re-balancings of experts; None: never
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides the tokens of an answer: equal ones may carry on each other's requests.
+
+        The plan is no part of it: cut in another way, the model says the same (but for rounding).
+        """
+        decides = (self.path, self.load_format, self.dtype, self.config, self.engine.max_model_len)
+        return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]

@@ -21,7 +21,11 @@ from qwen_ray.core.errors import (
 from qwen_ray.core.request import GenerateRequest, TokenDelta
 from qwen_ray.core.stats import EngineStats, RankStats
 
-ReplicaState = Literal["loading", "ready", "failed"]
+# repairing: some ranks are being replaced, the others keep their weights, and all sequences stay in the queue.
+# draining: it is about to be removed and goes on only with what nobody else can take over.
+ReplicaState = Literal["loading", "ready", "repairing", "draining", "failed"]
+
+WAITING_FOR_ROOM = "waiting for room"  # a stage of loading: no place for the ranks in the cluster yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +45,14 @@ class ReplicaStatus:
     error: str | None = None
     engine: EngineStats | None = None
     stalled_seconds: float = 0.0  # with work and no step for longer than it is patient; 0 when all is well
-    stage: str = ""  # of loading: starting, reading weights, warming up
+    stage: str = ""  # of loading: waiting for room, starting, reading weights, warming up
     bytes_done: int = 0  # of all ranks' weights
     bytes_total: int = 0  # 0 while unknown
     dp_attention: int = 1
     ep: int = 1
     expert_imbalance: float | None = None  # tokens of the fullest expert rank over the mean, lately; None: no experts
     num_rebalances: int = 0
+    fingerprint: str = ""  # of what decides tokens: replicas with the same one carry on each other's requests
 
     @property
     def trouble(self) -> str | None:
@@ -57,6 +62,19 @@ class ReplicaStatus:
         if self.stalled_seconds:
             return f"without progress for {self.stalled_seconds:.0f} s"
         return None
+
+    @property
+    def is_on_its_way(self) -> bool:
+        """It cannot take requests, but will: there is something to wait for."""
+        return self.trouble is not None and self.state in ("loading", "repairing", "ready")
+
+    @property
+    def lets_go(self) -> bool:
+        """Others should carry on what it runs, if they can: it goes away, starts anew, or hangs.
+
+        A repair is over sooner than its sequences would be computed again elsewhere.
+        """
+        return self.trouble is not None and self.state != "repairing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
