@@ -8,6 +8,7 @@
     │   ├── UnknownModel        404  no such model is served here
     │   ├── Overloaded          429  queues are full; `retry_after` says when to come back
     │   ├── NotReady            503  no replica can take requests yet
+    │   ├── DeadlineExceeded    504  its time was up before its first token
     │   └── RequestFailed       500  the engine or a rank failed while running it
     ├── SettingsError           exit 2  a settings key is wrong: `field` names it
     ├── SourceError             exit 3  a model's files could not be found or fetched
@@ -21,6 +22,9 @@ HTTP bodies are made from these in `serving/errors.py`, exit codes in `cli.py`, 
 from __future__ import annotations
 
 from typing import Any, ClassVar
+
+DEADLINE_EXCEEDED = "deadline_exceeded"
+RANKS_FAILED = "ranks_failed"  # ranks died while they ran this one request and nothing else
 
 
 class QwenRayError(Exception):
@@ -94,6 +98,14 @@ class Overloaded(RequestError):
 class NotReady(RequestError):
     status = 503
     kind = "unavailable_error"
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    kind = "timeout_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=DEADLINE_EXCEEDED)
 
 
 class RequestFailed(RequestError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from qwen_ray.core.errors import InvalidRequest
+from qwen_ray.core.errors import DEADLINE_EXCEEDED, DeadlineExceeded, InvalidRequest, RequestError, RequestFailed
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -114,6 +114,10 @@ class GenerateRequest:
     `seed` is always set: whoever accepts a request draws one if the user gave none, so that a hand-over samples the
     same tokens. `output_token_ids` are tokens generated before (by a replica that died, say); they are continued,
     never sent again. `stop_token_ids` is the whole set that ends the sequence, the model's end tokens included.
+
+    `priority` decides first, then the fair share of the `tenant`: of two tenants with work waiting, one of `weight` 2
+    is served twice the tokens of one of weight 1. After the `deadline` it ends: with what it has, as "length", or, if
+    that is nothing, with DeadlineExceeded. `is_suspect`: replicas have died under it; it runs alone from the start.
     """
 
     request_id: str
@@ -123,7 +127,11 @@ class GenerateRequest:
     stop_token_ids: tuple[int, ...] = ()
     output_token_ids: tuple[int, ...] = ()
     priority: int = 0  # lower runs first, as in vLLM
-    arrival: float = 0.0  # seconds since the epoch, for fairness and queue times
+    arrival: float = 0.0  # seconds since the epoch, for turns and queue times
+    tenant: str = ""
+    weight: float = 1.0  # above 0
+    deadline: float | None = None  # seconds since the epoch, by the replica's clock
+    is_suspect: bool = False
 
     def choices(self) -> list[GenerateRequest]:
         """The `sampling.n` single-sequence requests of this one, ids `ID-0`, `ID-1`, …, each with a seed of its own."""
@@ -165,7 +173,8 @@ class TokenDelta:
     """What one step adds to one request. The last one, and only the last, has a finish reason.
 
     `logprobs` runs parallel to `token_ids` when asked for. `prompt_logprobs` comes once, with the first delta: one
-    entry per prompt token but the first. `stop_token_id` is the token that ended it. `error` goes with "error".
+    entry per prompt token but the first. `stop_token_id` is the token that ended it. `error` goes with "error";
+    `code` says in one word why it ended where the finish reason does not ("deadline_exceeded" with "length", say).
     """
 
     request_id: str
@@ -176,3 +185,11 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    code: str | None = None
+
+    def to_error(self) -> RequestError:
+        """What a delta with finish reason "error" means to whoever asked."""
+        message = self.error or "The engine failed while running this request."
+        if self.code == DEADLINE_EXCEEDED:
+            return DeadlineExceeded(message)
+        return RequestFailed(message, code=self.code)

@@ -7,6 +7,7 @@ import pytest
 from qwen_ray.core.errors import (
     CheckpointError,
     ContextLengthExceeded,
+    DeadlineExceeded,
     Overloaded,
     PlanRefused,
     QwenRayError,
@@ -23,6 +24,7 @@ from qwen_ray.core.errors import (
         UnknownModel("x", ["demo"]),
         Overloaded("full", retry_after=2.0),
         ContextLengthExceeded("too long"),
+        DeadlineExceeded("too late"),
         PlanRefused("too big", inequality="2 > 1"),
         SettingsError("wrong", field="http.port"),
         CheckpointError("missing"),
