@@ -19,10 +19,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from qwen_ray.api_keys import ApiKey, check_distinct
 from qwen_ray.core.errors import SettingsError
 from qwen_ray.core.plan import THREAD_ENVIRONMENT
 
 ENV_PREFIX = "QWEN_RAY_"
+API_KEY_VARIABLE = ENV_PREFIX + "API_KEY"
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -144,6 +146,23 @@ class HttpSettings(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     num_ingress: int = Field(default=1, ge=1, description="ingress replicas")
     max_body_bytes: Bytes = Field(default=8 * 2**20, description="largest request body; above it 413")
+    max_open_requests: int = Field(
+        default=2048, ge=1, description="requests that one ingress has open at once; one more gets 429"
+    )
+    api_keys: Annotated[tuple[ApiKey, ...], AfterValidator(check_distinct)] = Field(
+        default=(), description="key that clients must send; its hash is kept. Others can see flags: rather a variable"
+    )
+    api_keys_file: HomePath | None = Field(
+        default=None, description="more keys (YAML, JSON, or lines `HASH NAME`), read again whenever it changes"
+    )
+    ssl_certfile: HomePath | None = Field(default=None, description="certificate chain (PEM); HTTPS in place of HTTP")
+    ssl_keyfile: HomePath | None = Field(default=None, description="private key of the certificate (PEM)")
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> HttpSettings:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile go together")
+        return self
 
 
 class EngineSettings(Section):
@@ -162,6 +181,9 @@ class ObservabilitySettings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_requests: bool = Field(default=False, description="log prompts and answers")
     ray_dashboard: bool = Field(default=False, description="start Ray's dashboard with a local Ray")
+    audit_log: HomePath | None = Field(default=None, description="file with a JSON line for every request, appended to")
+    audit_contents: bool = Field(default=False, description="prompts and answers in the audit log")
+    audit_max_bytes: Bytes = Field(default=100 * 2**20, description="of the audit log, then FILE.1 to FILE.9 are kept")
 
 
 class Settings(Section):
@@ -187,7 +209,9 @@ class Settings(Section):
             message = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
                 message = "unknown key"
-            got = "" if first["type"] in ("extra_forbidden", "missing") else f" (got {first['input']!r})"
+            # Somebody may have written a key where its hash belongs.
+            is_silent = first["type"] in ("extra_forbidden", "missing") or field.startswith("http.api_keys")
+            got = "" if is_silent else f" (got {first['input']!r})"
             raise SettingsError(f"{origin}: {field or 'top level'}: {message}{got}.", field=field) from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,6 +244,11 @@ OPTIONS: dict[str, str] = {
     "port": "http.port",
     "num-ingress": "http.num_ingress",
     "max-body-bytes": "http.max_body_bytes",
+    "max-open-requests": "http.max_open_requests",
+    "api-key": "http.api_keys",
+    "api-keys-file": "http.api_keys_file",
+    "ssl-certfile": "http.ssl_certfile",
+    "ssl-keyfile": "http.ssl_keyfile",
     "block-size": "engine.block_size",
     "max-num-seqs": "engine.max_num_seqs",
     "max-num-batched-tokens": "engine.max_num_batched_tokens",
@@ -230,6 +259,9 @@ OPTIONS: dict[str, str] = {
     "log-level": "observability.log_level",
     "log-requests": "observability.log_requests",
     "ray-dashboard": "observability.ray_dashboard",
+    "audit-log": "observability.audit_log",
+    "audit-contents": "observability.audit_contents",
+    "audit-max-bytes": "observability.audit_max_bytes",
     "cache-dir": "cache_dir",
     "address": "ray_address",
 }
@@ -243,11 +275,13 @@ def load_settings(
     data = _read_yaml(file) if file else {}
     by_variable = {ENV_PREFIX + flag.replace("-", "_").upper(): flag for flag in OPTIONS}
     for variable, value in environ.items():
-        if variable in by_variable:
+        if variable == API_KEY_VARIABLE:
+            _assign(data, OPTIONS["api-key"], [ApiKey.of(value)], origin=variable)
+        elif variable in by_variable:
             _assign(data, OPTIONS[by_variable[variable]], yaml.safe_load(value), origin=variable)
     for flag, value in (flags or {}).items():
         if value is not None:
-            _assign(data, OPTIONS[flag], value, origin=f"--{flag}")
+            _assign(data, OPTIONS[flag], [ApiKey.of(value)] if flag == "api-key" else value, origin=f"--{flag}")
     return Settings.from_dict(data, origin=str(file) if file else "settings")
 
 

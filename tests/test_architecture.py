@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "engine": ({"core"}, set()),
     "text": ({"core"}, {"tokenizers", "jinja2", "gguf"}),
     "source": ({"core"}, {"huggingface_hub", "gguf"}),
-    "config": ({"core"}, {"pydantic", "yaml"}),
+    "api_keys": ({"core"}, {"pydantic", "yaml"}),
+    "config": ({"core", "api_keys"}, {"pydantic", "yaml"}),
     "metrics": ({"core"}, {"prometheus_client"}),
     "parallel": ({"core"}, {"torch"}),
     "layers": ({"core", "parallel", "kernels"}, {"torch"}),
@@ -43,11 +44,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "serving": (
-        {"core", "config", "sizing", "planner", "text", "source", "engine", "cluster", "metrics"},
+        {"core", "config", "api_keys", "sizing", "planner", "text", "source", "engine", "cluster", "metrics"},
         {"ray", "fastapi", "starlette", "pydantic", "msgspec"},
     ),
     "commands": (
-        {"core", "config", "machine", "sizing", "planner", "source", "llm", "serving"},
+        {"core", "config", "api_keys", "machine", "sizing", "planner", "source", "llm", "serving"},
         {"typer", "rich", "httpx", "pydantic"},
     ),
     "cli": ({"core", "config", "machine", "commands", "serving"}, {"typer", "rich"}),

@@ -58,7 +58,7 @@ def _metavar(annotation: Any) -> str:
     names = {int: "N", float: "X", Path: "FILE"}
     if get_origin(annotation) is Literal:
         return "NAME"
-    kinds = [annotation, *get_args(annotation)]
+    kinds = [annotation, *(kind for part in get_args(annotation) for kind in (part, *get_args(part)))]
     return next((names[kind] for kind in kinds if kind in names), "TEXT")
 
 
@@ -67,7 +67,7 @@ def _option(flag: str) -> inspect.Parameter:
     field = field_of(key)
     shown_key = key.replace("models.0", r"models\[0]")
     choices = f": {', '.join(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
-    default = "" if field.default in (None, "") else f" Default: {field.default}."
+    default = "" if field.default in (None, "", ()) else f" Default: {field.default}."
     text = f"{field.description or field.title or flag.replace('-', ' ')}{choices}.{default} [dim]{shown_key}[/]"
     is_switch = field.annotation is bool
     names = (f"--{flag}/--no-{flag}",) if is_switch else (f"--{flag}",)

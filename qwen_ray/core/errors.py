@@ -4,9 +4,12 @@
     ├── RequestError            somebody's request; `status` is its HTTP status
     │   ├── InvalidRequest      400  a field is wrong: `param` names it
     │   │   └── ContextLengthExceeded   prompt (+ max_tokens) does not fit the model
+    │   ├── Unauthorized        401  no key, or none that is known
     │   ├── RequestTooLarge     413  the body, or a list in it, is over its limit
+    │   │   └── HeadersTooLarge 431
     │   ├── UnknownModel        404  no such model is served here
     │   ├── Overloaded          429  queues are full; `retry_after` says when to come back
+    │   │   └── RateLimited     429  a key has used its requests or tokens of this minute
     │   ├── NotReady            503  no replica can take requests yet
     │   ├── DeadlineExceeded    504  its time was up before its first token
     │   └── RequestFailed       500  the engine or a rank failed while running it
@@ -74,6 +77,20 @@ class RequestTooLarge(RequestError):
     kind = "invalid_request_error"
 
 
+class HeadersTooLarge(RequestTooLarge):
+    status = 431
+
+
+class Unauthorized(RequestError):
+    """The same for no key and for a wrong one: the answer tells nothing."""
+
+    status = 401
+    kind = "invalid_request_error"
+
+    def __init__(self) -> None:
+        super().__init__("Send a valid API key in the header `Authorization: Bearer KEY`.", code="invalid_api_key")
+
+
 class UnknownModel(RequestError):
     status = 404
     kind = "invalid_request_error"
@@ -93,6 +110,14 @@ class Overloaded(RequestError):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message, code="overloaded")
         self.retry_after = retry_after
+
+
+class RateLimited(Overloaded):
+    kind = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.code = "rate_limit_exceeded"
 
 
 class NotReady(RequestError):
