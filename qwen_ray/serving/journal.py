@@ -6,12 +6,17 @@ Knows one HTTP request's sequences; not replicas, and not how tokens travel.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from qwen_ray.core.errors import RequestError
 from qwen_ray.core.request import GenerateRequest, TokenDelta
 from qwen_ray.serving.link import Link
+
+PATIENCE_OF_BEGUN = 10  # a large model takes minutes to load, and nobody wants half an answer
+MAX_FRUITLESS = 2  # deaths of its replicas, without a token in between: then the request itself is suspected
 
 
 class Stream:
@@ -68,7 +73,16 @@ class Stream:
 class Journal:
     """One sequence: what was asked, what has come, who is on it."""
 
-    __slots__ = ("deadline", "link", "num_attempts", "num_fruitless", "request", "stream", "tokens")
+    __slots__ = (
+        "has_been_accepted",
+        "link",
+        "num_attempts",
+        "num_fruitless",
+        "request",
+        "stream",
+        "tokens",
+        "waits_until",
+    )
 
     def __init__(self, request: GenerateRequest, stream: Stream) -> None:
         self.request = request
@@ -76,17 +90,36 @@ class Journal:
         self.tokens: list[int] = list(request.output_token_ids)
         self.link: Link | None = None
         self.num_attempts = 0
-        self.num_fruitless = 0
-        self.deadline: float | None = None  # monotonic; set while it waits for a replica
+        self.num_fruitless = 0  # deaths of replicas that ran it, without a token in between
+        self.has_been_accepted = False  # it had a place in a queue before: a full one cannot refuse it
+        self.waits_until = math.inf  # monotonic; set while it waits for a replica
 
     @property
     def id(self) -> str:
         """On the wire. Every attempt has its own: what is left of an earlier one is never taken for this one's."""
         return f"{self.request.request_id}#{self.num_attempts}"
 
+    @property
+    def is_suspect(self) -> bool:
+        """It may be what replicas die of: it is run alone."""
+        return self.num_fruitless >= MAX_FRUITLESS
+
+    @property
+    def is_given_up(self) -> bool:
+        return self.num_fruitless > MAX_FRUITLESS
+
+    def wait(self, seconds: float) -> None:
+        """Nobody is on it; for so long at most, or longer where a part of the answer is out."""
+        self.link, self.has_been_accepted = None, True
+        if self.waits_until == math.inf:
+            self.waits_until = time.monotonic() + seconds * (PATIENCE_OF_BEGUN if self.tokens else 1)
+
+    def sent(self, link: Link) -> None:
+        self.link, self.waits_until = link, math.inf
+
     def next_attempt(self) -> GenerateRequest:
         self.num_attempts += 1
-        request = replace(self.request, request_id=self.id)
+        request = replace(self.request, request_id=self.id, is_suspect=self.is_suspect)
         if not self.tokens:
             return request
         # The prompt's log-probabilities came with the first delta; they are not computed again.

@@ -14,15 +14,20 @@ from qwen_ray.cluster.channel import Channel
 from qwen_ray.cluster.wire import ChannelClosed
 from qwen_ray.serving.messages import Answer, Ask, ReplicaStatus
 
-SILENT_SECONDS = 30.0  # a replica speaks every 2 s; one that is silent for this long is stuck or out of reach
+SILENT_SECONDS = 10.0  # a replica speaks every 2 s; one that is silent for this long is stuck or out of reach
+FULL_SECONDS = 1.0  # a replica whose queue was full is not asked again before
 
 
 class Link:
-    def __init__(self, replica: str, channel: Channel[Any]) -> None:
+    """`fingerprint` is that of the model whose requests are sent: a replica of another is none for them."""
+
+    def __init__(self, replica: str, channel: Channel[Any], fingerprint: str = "") -> None:
         self.replica = replica
         self.channel = channel
         self.status: ReplicaStatus | None = None
+        self._fingerprint = fingerprint
         self._heard = time.monotonic()
+        self._full_until = 0.0
         self._asked: dict[int, asyncio.Future[Answer]] = {}
         self._ids = itertools.count()
         # Since the last status: what it could not yet count.
@@ -38,8 +43,47 @@ class Link:
         return time.monotonic() - self._heard
 
     @property
+    def is_ours(self) -> bool:
+        """It serves the same model; not known before it has spoken."""
+        return self.status is not None and self.status.fingerprint == self._fingerprint
+
+    @property
     def is_usable(self) -> bool:
-        return self.status is not None and self.status.trouble is None and self.silent_seconds < SILENT_SECONDS
+        """It is ready for requests."""
+        return self.is_ours and self.trouble is None
+
+    @property
+    def is_on_its_way(self) -> bool:
+        """It will be usable, as far as one can tell."""
+        if self.channel.is_closed:
+            return False
+        return self.status is None or (self.is_ours and self.status.is_on_its_way)
+
+    @property
+    def is_draining(self) -> bool:
+        return self.status is not None and self.status.state == "draining"
+
+    @property
+    def lets_go(self) -> bool:
+        """What runs there is better carried on elsewhere."""
+        return self.status is not None and self.status.lets_go
+
+    @property
+    def is_silent(self) -> bool:
+        return self.silent_seconds > SILENT_SECONDS
+
+    @property
+    def trouble(self) -> str | None:
+        if self.status is None:
+            return "unknown"
+        if self.channel.is_closed or self.is_silent:
+            return f"silent for {self.silent_seconds:.0f} s"
+        return self.status.trouble
+
+    @property
+    def is_full(self) -> bool:
+        """Its queue was, a moment ago."""
+        return time.monotonic() < self._full_until
 
     def load(self) -> tuple[int, int]:
         """(prompt tokens still to be computed, sequences): the smaller, the sooner a new request runs."""
@@ -53,6 +97,9 @@ class Link:
         self._new_sequences += 1
         self._new_tokens += num_tokens
 
+    def was_full(self) -> None:
+        self._full_until = time.monotonic() + FULL_SECONDS
+
     def try_send(self, message: Any) -> bool:
         """False when the channel is broken; whoever reads it will notice and hand over."""
         try:
@@ -65,13 +112,19 @@ class Link:
         """Takes a status or an answer; True when it was a status."""
         if isinstance(message, ReplicaStatus):
             self.status = message
-            self._heard = time.monotonic()
             self._new_sequences = self._new_tokens = 0
             return True
         future = self._asked.pop(message.ask_id, None)
         if future is not None and not future.done():
             future.set_result(message)
         return False
+
+    def heard(self) -> None:
+        self._heard = time.monotonic()
+
+    def excuse_silence(self, seconds: float) -> None:
+        """That nobody listened for so long is not held against it."""
+        self._heard += seconds
 
     async def ask(self, what: Literal["status", "metrics"], *, seconds: float) -> Answer:
         """Raises ChannelClosed when the replica is gone or does not answer in time."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from qwen_ray.cluster.wire import Codec
 from qwen_ray.core.errors import (
     ContextLengthExceeded,
+    DeadlineExceeded,
     InvalidRequest,
     NotReady,
     Overloaded,
@@ -24,8 +25,6 @@ from qwen_ray.core.stats import EngineStats, RankStats
 # repairing: some ranks are being replaced, the others keep their weights, and all sequences stay in the queue.
 # draining: it is about to be removed and goes on only with what nobody else can take over.
 ReplicaState = Literal["loading", "ready", "repairing", "draining", "failed"]
-
-WAITING_FOR_ROOM = "waiting for room"  # a stage of loading: no place for the ranks in the cluster yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,7 @@ class ReplicaStatus:
     error: str | None = None
     engine: EngineStats | None = None
     stalled_seconds: float = 0.0  # with work and no step for longer than it is patient; 0 when all is well
-    stage: str = ""  # of loading: waiting for room, starting, reading weights, warming up
+    stage: str = ""  # of loading: starting, reading weights, warming up
     bytes_done: int = 0  # of all ranks' weights
     bytes_total: int = 0  # 0 while unknown
     dp_attention: int = 1
@@ -66,7 +65,7 @@ class ReplicaStatus:
     @property
     def is_on_its_way(self) -> bool:
         """It cannot take requests, but will: there is something to wait for."""
-        return self.trouble is not None and self.state in ("loading", "repairing", "ready")
+        return self.trouble is not None and self.state not in ("draining", "failed")
 
     @property
     def lets_go(self) -> bool:
@@ -121,6 +120,8 @@ class Refusal:
             return Overloaded(self.message, retry_after=self.retry_after)
         if self.kind == "ContextLengthExceeded":
             return ContextLengthExceeded(self.message, param=self.param or "messages")
+        if self.kind == "DeadlineExceeded":
+            return DeadlineExceeded(self.message)
         known: dict[str, type[RequestError]] = {"InvalidRequest": InvalidRequest, "NotReady": NotReady}
         return known.get(self.kind, RequestFailed)(self.message, param=self.param)
 

@@ -146,12 +146,13 @@ async def test_a_full_queue_is_429_also_for_streams(server: Any) -> None:
 
 async def test_no_replica_is_503(server: Any) -> None:
     replica = server.replicas[0]
-    replica.state = "loading"
+    replica.state = "failed"
+    server.dispatcher._links._expected_until = 0.0
     response = await server.until_status("/health/ready", 503)
     assert response.headers["retry-after"] == "5"
-    assert "loading" in response.json()["error"]["message"]
+    assert "failed" in response.json()["error"]["message"]
     assert (await server.client.post(TEXT, json={"prompt": "x", "stream": True})).status_code == 503
     assert (await server.client.get("/health/live")).status_code == 200
     startup = await server.client.get("/health/startup")
     assert startup.status_code == 503
-    assert startup.json()["replicas"][0]["state"] == "loading"
+    assert startup.json()["replicas"][0]["state"] == "failed"
