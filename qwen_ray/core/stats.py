@@ -67,6 +67,7 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_waiting_tokens: int = 0  # prompt tokens of waiting sequences still to be computed
+    num_set_aside: int = 0  # sequences that ranks have died under, and that run alone therefore
     num_blocks: int = 0
     num_used_blocks: int = 0  # held by a sequence; cached blocks that could be evicted are not counted
     num_cached_blocks: int = 0  # evictable blocks whose content could still be hit
@@ -77,6 +78,9 @@ class EngineStats:
     prefix_queries_total: int = 0  # in tokens, as in vLLM
     prefix_hits_total: int = 0
     preemptions_total: int = 0
+    refused_total: int = 0  # requests for which the queue was full
+    overdue_total: int = 0  # requests that their deadline ended
+    poisonous_total: int = 0  # requests that were ended because ranks died under them alone
 
     @property
     def kv_usage(self) -> float:

@@ -60,8 +60,10 @@ class DpRank:
         self._config = config
         self._budget = Budget(num_tokens=0)
 
-    def ready(self) -> Iterator[tuple[Sequence, int]]:
+    def ready(self, *, is_alone: bool) -> Iterator[tuple[Sequence, int]]:
         """Begins a step: who runs and has something to compute, and how many tokens of it now fit.
+
+        Of those who are not set aside, or of the one who is: no two of them are on the ranks at once.
 
         Decodes come first, so that no prefill delays a next token.
 
@@ -70,8 +72,9 @@ class DpRank:
         """
         self._budget = Budget(num_tokens=self._config.max_num_batched_tokens)
         share = -(-len(self.running) // self._config.depth)
-        decodes = [seq for seq in self.running if seq.num_uncomputed == 1]
-        prefills = [seq for seq in self.running if seq.num_uncomputed > 1]
+        members = [seq for seq in self.running if seq.is_set_aside is is_alone]
+        decodes = [seq for seq in members if seq.num_uncomputed == 1]
+        prefills = [seq for seq in members if seq.num_uncomputed > 1]
         for seq in decodes[:share] + prefills:
             if seq.is_on_ranks and (count := self._budget.of(seq)):  # not preempted by one before it
                 yield seq, count

@@ -90,7 +90,7 @@ class Engine:
 
         Raises RankFailed when a step fails. Then no request is lost or ended: all of them are in the queue again, as
         `prompt + tokens so far`. `run()` may be called again once the ranks are repaired; they must have forgotten
-        every sequence.
+        every sequence. The exception is a request that the ranks died under once more while it ran alone: it ends.
         """
         try:
             while True:
@@ -102,6 +102,10 @@ class Engine:
                     return
                 else:
                     await self._work.wait()
+        except RankFailed:
+            self._scheduler.reset(ranks_died=True)
+            self._publish_ends()
+            raise
         except BaseException:
             self._scheduler.reset()
             raise
@@ -110,7 +114,7 @@ class Engine:
             self._abandon_steps()
 
     def _fill(self) -> None:
-        """Submit until `depth` steps are in flight, and publish what has ended outside of a step."""
+        """Submit until `depth` steps are in flight."""
         while not self._is_stopping and len(self._inflight) < self._config.depth:
             start = time.perf_counter()
             batch = self._scheduler.schedule()
@@ -121,6 +125,10 @@ class Engine:
             self._inflight.append(
                 _Step(batch=batch, result=result, schedule_seconds=submitted - start, submitted=submitted)
             )
+        self._publish_ends()
+
+    def _publish_ends(self) -> None:
+        """Of what has ended outside of a step."""
         if deltas := self._scheduler.take_deltas():
             self._publish(deltas)
 

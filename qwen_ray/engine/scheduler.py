@@ -1,8 +1,9 @@
 """Which tokens of which sequences are computed in the next step, and what a step's result means for each.
 
 There are no phases: a sequence gets `min(budget, num_tokens - num_computed)` tokens. One is a decode, many are a chunk
-of a prefill, a prefix hit is a head start. One queue feeds all dp ranks; what goes on in each, `dp_rank.py` knows.
-Knows nothing of tasks, transport or processes; `engine.py` turns the handle.
+of a prefill, a prefix hit is a head start. One queue feeds all dp ranks: who is next, `queue.py` knows; what goes on
+in each dp rank, `dp_rank.py`; who must run alone, `suspects.py`. Knows nothing of tasks, transport or processes;
+`engine.py` turns the handle.
 
 Ranks run steps in the order in which they were scheduled, and within a layer write all K and V of a step before any
 of its tokens attends. From that alone follows
@@ -14,34 +15,51 @@ of its tokens attends. From that alone follows
 from __future__ import annotations
 
 import time
-from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from qwen_ray.core.errors import DEADLINE_EXCEEDED, RANKS_FAILED, InvalidRequest
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import FinishReason, GenerateRequest, TokenDelta
 from qwen_ray.core.stats import EngineStats, RequestTimes
 from qwen_ray.core.step import Chunk, NewSequence, Sample, StepBatch, StepResult
-from qwen_ray.engine.dp_rank import DpRank, Room, by_turn
-from qwen_ray.engine.sequence import Sequence
+from qwen_ray.engine.dp_rank import DpRank, Room
+from qwen_ray.engine.queue import OUTPUT_COST, PROMPT_COST, Queue
+from qwen_ray.engine.sequence import Sequence, longest
+from qwen_ray.engine.sequence_heap import SequenceHeap
+from qwen_ray.engine.suspects import MAX_DEATHS_IN_COMPANY, Suspects
 
-MAX_RETRY_AFTER = 60.0  # seconds
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    """Who is in a step whose result is still to come."""
+
+    sequences: tuple[Sequence, ...]
+    is_alone: bool
 
 
 class Scheduler:
-    """`on_finished` is told the times of every request that has ended."""
+    """`on_finished` is told the times of every request that has ended. `clock` gives seconds since the epoch."""
 
-    def __init__(self, config: EngineConfig, on_finished: Callable[[RequestTimes], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_finished: Callable[[RequestTimes], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.dp_ranks = tuple(DpRank(number, config) for number in range(config.dp_attention))
-        self.waiting: list[Sequence] = []  # by turn
         self._config = config
         self._on_finished = on_finished
+        self._clock = clock
         self._by_request: dict[str, Sequence] = {}
         self._by_id: dict[int, Sequence] = {}  # running
+        self._queue = Queue(config.max_num_waiting)
+        self._suspects = Suspects(config.depth)
+        self._deadlines = SequenceHeap()
+        self._inflight: deque[_InFlight] = deque()
         self._dropped: list[int] = []  # to be told to the ranks with the next step
         self._deltas: list[TokenDelta] = []
-        self._finish_times: deque[float] = deque(maxlen=64)
         self._num_requests = 0
         self._num_admissions = 0
         self._num_scheduled_steps = 0
@@ -51,24 +69,35 @@ class Scheduler:
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
         self._num_preemptions = 0
+        self._num_overdue = 0
+        self._num_poisonous = 0
 
     @property
     def is_idle(self) -> bool:
         return not self._by_request
 
     def add(self, request: GenerateRequest) -> None:
-        """Queue it. Raises InvalidRequest, ContextLengthExceeded or Overloaded; then nothing has changed."""
-        max_len = self._checked_max_len(request)
+        """Queue it. Raises InvalidRequest, ContextLengthExceeded or Overloaded; then nothing has changed.
+
+        The queue always takes what another replica has accepted before and begun: it must not get lost on its way.
+        """
+        max_len = longest(request, self._config)
         if request.request_id in self._by_request:
             raise InvalidRequest(f"request {request.request_id} is running already.", param="request_id")
-        if len(self.waiting) >= self._config.max_num_waiting:
-            raise Overloaded(
-                f"{len(self.waiting)} requests are waiting, which is the limit.", retry_after=self._retry_after()
-            )
-        seq = Sequence(request, number=self._num_requests, max_len=max_len, now=time.time())
+        if not (request.output_token_ids or request.is_suspect):
+            self._queue.check_room(request.tenant)
+        now = self._clock()
+        if self.is_idle:
+            self._queue.pace.begin(now)
+        seq = Sequence(request, number=self._num_requests, max_len=max_len, now=now)
         self._num_requests += 1
         self._by_request[request.request_id] = seq
-        insort(self.waiting, seq, key=by_turn)
+        self._queue.know(seq)
+        if request.deadline is not None:
+            self._deadlines.push((request.deadline,), seq)
+        if request.is_suspect:
+            self._suspects.blame(seq, num_deaths=MAX_DEATHS_IN_COMPANY)
+        self._wait(seq)
         if reason := seq.finish_reason:  # continued, but its owner missed that it had ended
             self._end(seq, reason)
 
@@ -78,27 +107,26 @@ class Scheduler:
             self._end(seq, "abort")
 
     def schedule(self) -> StepBatch | None:
-        """The next step, or None while there is nothing to compute."""
-        chunks: list[Chunk] = []
-        new: list[NewSequence] = []
-        for dp_rank in self.dp_ranks:
-            for seq, count in dp_rank.ready():
-                if (new_blocks := self._grow(dp_rank, seq, count)) is not None:
-                    chunks.append(self._advance(dp_rank, seq, count, new_blocks))
-        while self.waiting and (room := self._find_room(self.waiting[0])):
-            seq, count = self._admit(room)
-            new.append(seq.to_new())
-            chunks.append(self._advance(room.dp_rank, seq, count, seq.block_table))
-        if not chunks:
+        """The next step; None while there is nothing to compute, or nothing that may run beside what is in flight."""
+        self._end_overdue()
+        if self._inflight and self._inflight[-1].is_alone:
             return None
-        self._num_scheduled_steps += 1
-        dropped, self._dropped = tuple(self._dropped), []
-        return StepBatch(step_id=self._num_scheduled_steps, chunks=tuple(chunks), new=tuple(new), dropped=dropped)
+        suspect = self._suspects.first
+        if suspect is None:
+            return self._make_step()
+        if self._suspects.is_turn_of_others and (batch := self._make_step()):
+            return batch
+        if self._inflight:
+            return None
+        batch = self._make_step(suspect)
+        self._suspects.has_room = batch is not None
+        return batch or self._make_step()
 
     def update(self, batch: StepBatch, result: StepResult) -> list[TokenDelta]:
         """Take in a step's result; returns what there is to tell, ends since the last call included."""
+        self._inflight.popleft()
         self._num_steps += 1
-        now = time.time()
+        now = self._clock()
         samples = {sample.sequence_id: sample for sample in result.samples}
         for part in result.prompt_logprobs:
             if seq := self._by_id.get(part.sequence_id):
@@ -113,19 +141,27 @@ class Scheduler:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def reset(self) -> None:
-        """The ranks have lost all K and V: everything running waits again, as `prompt + tokens so far`."""
-        for dp_rank in self.dp_ranks:
-            for seq in dp_rank.clear():
-                insort(self.waiting, seq, key=by_turn)
+    def reset(self, *, ranks_died: bool = False) -> None:
+        """The ranks have lost all K and V: everything running waits again, as `prompt + tokens so far`.
+
+        If they died, everybody in a step in flight is blamed. Who was set aside was alone in it, and ends.
+        """
+        lost = [seq for dp_rank in self.dp_ranks for seq in dp_rank.clear()]
         self._by_id.clear()
         self._dropped.clear()
+        for seq in lost:
+            self._wait(seq)
+        inflight = dict.fromkeys(seq for step in self._inflight for seq in step.sequences)
+        self._inflight.clear()
+        if ranks_died:
+            self._blame(seq for seq in inflight if not seq.has_ended)
 
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._by_id),
-            num_waiting=len(self.waiting),
-            num_waiting_tokens=sum(seq.num_tokens for seq in self.waiting),
+            num_waiting=len(self._by_request) - len(self._by_id),
+            num_waiting_tokens=self._queue.num_tokens + self._suspects.num_waiting_tokens,
+            num_set_aside=len(self._suspects),
             num_blocks=sum(dp_rank.pool.num_blocks for dp_rank in self.dp_ranks),
             num_used_blocks=sum(dp_rank.num_used_blocks for dp_rank in self.dp_ranks),
             num_cached_blocks=sum(dp_rank.pool.num_cached_free for dp_rank in self.dp_ranks),
@@ -136,7 +172,39 @@ class Scheduler:
             prefix_queries_total=self._num_prefix_queries,
             prefix_hits_total=self._num_prefix_hits,
             preemptions_total=self._num_preemptions,
+            refused_total=self._queue.num_refused,
+            overdue_total=self._num_overdue,
+            poisonous_total=self._num_poisonous,
         )
+
+    def _make_step(self, suspect: Sequence | None = None) -> StepBatch | None:
+        """A step of the suspect alone, or of all who are not set aside; None if they have nothing to compute."""
+        chunks: list[Chunk] = []
+        new: list[NewSequence] = []
+        sequences: list[Sequence] = []
+        self._suspects.begin_turn(of_others=suspect is None)
+        for dp_rank in self.dp_ranks:
+            for seq, count in dp_rank.ready(is_alone=suspect is not None):
+                if (new_blocks := self._grow(dp_rank, seq, count)) is not None:
+                    chunks.append(self._advance(dp_rank, seq, count, new_blocks))
+                    sequences.append(seq)
+        while (seq := self._next_to_come(suspect)) and (room := self._find_room(seq)):
+            count = self._admit(seq, room)
+            new.append(seq.to_new())
+            chunks.append(self._advance(room.dp_rank, seq, count, seq.block_table))
+            sequences.append(seq)
+        if not chunks:
+            return None
+        self._num_scheduled_steps += 1
+        self._inflight.append(_InFlight(sequences=tuple(sequences), is_alone=suspect is not None))
+        dropped, self._dropped = tuple(self._dropped), []
+        return StepBatch(step_id=self._num_scheduled_steps, chunks=tuple(chunks), new=tuple(new), dropped=dropped)
+
+    def _next_to_come(self, suspect: Sequence | None) -> Sequence | None:
+        """Who is to be admitted next, if there is room."""
+        if suspect is not None:
+            return None if suspect.is_on_ranks else suspect
+        return self._queue.first() if self._suspects.has_room else None
 
     def _grow(self, dp_rank: DpRank, seq: Sequence, count: int) -> list[int] | None:
         """Add the blocks of its next `count` tokens, taking them from the last in turn there; None if that is itself.
@@ -149,7 +217,7 @@ class Scheduler:
         while num_missing > dp_rank.pool.num_free:
             victim = dp_rank.running[-1]
             self._leave(victim)
-            insort(self.waiting, victim, key=by_turn)
+            self._wait(victim)
             self._num_preemptions += 1
             if victim is seq:
                 return None
@@ -162,18 +230,20 @@ class Scheduler:
         rooms = [room for dp_rank in self.dp_ranks if (room := dp_rank.room(seq))]
         return min(rooms, key=lambda room: room.load, default=None)
 
-    def _admit(self, room: Room) -> tuple[Sequence, int]:
-        """The first in the queue, to where there is room for it; and how many of its tokens now fit."""
-        seq = self.waiting.pop(0)
+    def _admit(self, seq: Sequence, room: Room) -> int:
+        """Let it run where there is room for it; how many of its tokens now fit."""
+        if not seq.is_set_aside:
+            self._queue.remove(seq)
         count = room.dp_rank.admit(seq, room.hits, self._num_admissions)
         self._num_admissions += 1
         self._by_id[seq.sequence_id] = seq
         if not seq.first_scheduled:
-            seq.first_scheduled = time.time()
+            seq.first_scheduled = self._clock()
             seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
+            self._queue.charge(seq, PROMPT_COST * seq.num_uncomputed)
         self._num_prefix_queries += seq.num_tokens
         self._num_prefix_hits += seq.num_computed
-        return seq, count
+        return count
 
     def _advance(self, dp_rank: DpRank, seq: Sequence, count: int, new_blocks: list[int]) -> Chunk:
         chunk = dp_rank.advance(seq, count, new_blocks)
@@ -188,77 +258,71 @@ class Scheduler:
         seq.token_ids.append(sample.token_id)
         seq.first_token = seq.first_token or now
         self._num_output_tokens += 1
+        self._queue.charge(seq, OUTPUT_COST)
+        if seq.num_deaths and seq.num_tokens >= seq.cleared_at:
+            self._suspects.clear(seq)
         if reason := seq.finish_reason:
             self._end(seq, reason, sample)
         else:
-            self._tell(seq, sample)
+            self._deltas.append(seq.to_delta(sample))
 
     def _end(
-        self, seq: Sequence, reason: FinishReason, sample: Sample | None = None, *, error: str | None = None
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        sample: Sample | None = None,
+        *,
+        error: str | None = None,
+        code: str | None = None,
     ) -> None:
         """The one way out. From any state, once."""
+        now = self._clock()
+        if seq.first_scheduled:
+            self._queue.pace.end(now)
         if seq.is_on_ranks:
             self._leave(seq)
-        else:
-            self.waiting.remove(seq)
+        elif not seq.is_set_aside:
+            self._queue.remove(seq)
+        self._suspects.clear(seq)
+        self._deadlines.discard(seq)
+        self._queue.forget(seq)
         del self._by_request[seq.request.request_id]
-        self._tell(seq, sample, reason, error)
-        now = time.time()
-        self._finish_times.append(now)
+        seq.has_ended = True
+        self._deltas.append(seq.to_delta(sample, reason, error, code))
         self._on_finished(seq.to_times(reason, now))
+
+    def _end_overdue(self) -> None:
+        """What they have is theirs; nothing at all is an error."""
+        while (seq := self._deadlines.first()) and (seq.request.deadline or 0.0) <= self._clock():
+            self._num_overdue += 1
+            if seq.num_output_tokens:
+                self._end(seq, "length", code=DEADLINE_EXCEEDED)
+            else:
+                when = "while its prompt was computed" if seq.first_scheduled else "in the queue"
+                self._end(seq, "error", error=f"The request's time was up {when}.", code=DEADLINE_EXCEEDED)
+
+    def _blame(self, sequences: Iterable[Sequence]) -> None:
+        """Ranks have died under these, which wait now."""
+        for seq in sequences:
+            if seq.is_set_aside:
+                self._num_poisonous += 1
+                message = (
+                    f"The request made its ranks fail {seq.num_deaths + 1} times, the last time with nothing else "
+                    "running. It is not tried again."
+                )
+                self._end(seq, "error", error=message, code=RANKS_FAILED)
+                continue
+            self._suspects.blame(seq)
+            if seq.is_set_aside:
+                self._queue.remove(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        """Off the ranks, until its turn comes. Who is set aside has a turn of its own."""
+        if not seq.is_set_aside:
+            self._queue.push(seq)
 
     def _leave(self, seq: Sequence) -> None:
         """Take a running sequence off the ranks. Results still in flight find its id gone and are dropped."""
         del self._by_id[seq.sequence_id]
         self._dropped.append(seq.sequence_id)
         self.dp_ranks[seq.dp_rank].leave(seq)
-
-    def _tell(
-        self,
-        seq: Sequence,
-        sample: Sample | None,
-        reason: FinishReason | None = None,
-        error: str | None = None,
-    ) -> None:
-        first = not seq.has_answered
-        self._deltas.append(
-            TokenDelta(
-                request_id=seq.request.request_id,
-                token_ids=() if sample is None else (sample.token_id,),
-                logprobs=() if sample is None or sample.logprobs is None else (sample.logprobs,),
-                prompt_logprobs=tuple(seq.prompt_logprobs) if first else (),
-                num_cached_tokens=seq.num_cached_tokens if first else 0,
-                finish_reason=reason,
-                stop_token_id=sample.token_id if sample is not None and reason == "stop" else None,
-                error=error,
-            )
-        )
-        if first:
-            seq.has_answered = True
-            seq.prompt_logprobs = []
-
-    def _checked_max_len(self, request: GenerateRequest) -> int:
-        """How long it may become, prompt and output. Raises for what can never run."""
-        config, prompt = self._config, request.prompt_token_ids
-        if not prompt:
-            raise InvalidRequest("the prompt is empty.", param="prompt")
-        if not 0 <= min(prompt) <= max(prompt) < 2**31:
-            raise InvalidRequest("token ids must be between 0 and 2^31 - 1.", param="prompt")
-        # The last token is given out, never computed: it needs a place in the context, but none in the pool.
-        for limit, what in (
-            (config.max_model_len - 1, f"the context of {config.max_model_len} tokens, one of them for the answer"),
-            (config.num_kv_tokens, f"the KV memory of {config.num_blocks} blocks of {config.block_size} tokens"),
-        ):
-            if len(prompt) > limit:
-                raise ContextLengthExceeded(f"The prompt has {len(prompt)} tokens; at most {limit} fit {what}.")
-        max_tokens = request.sampling.max_tokens
-        longest = min(config.max_model_len, config.num_kv_tokens + 1)
-        return longest if max_tokens is None else min(longest, len(prompt) + max_tokens)
-
-    def _retry_after(self) -> float:
-        """Seconds until today's queue has been served, at the rate at which requests ended lately."""
-        times = self._finish_times
-        if len(times) < 2:
-            return 1.0
-        seconds_each = (time.time() - times[0]) / len(times)
-        return min(MAX_RETRY_AFTER, max(1.0, seconds_each * len(self.waiting)))

@@ -1,16 +1,20 @@
 """One request's progress in the engine: its tokens, which of them are computed, and in which blocks.
 
-Knows when a sequence has ended. Knows nothing of other sequences, of who else holds a block, or of time to come.
+Knows when a sequence has ended, and what there is to tell of it. Knows nothing of other sequences, of who else holds a
+block, or of time to come.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from qwen_ray.core.request import FinishReason, GenerateRequest, TokenLogprobs
+from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest
+from qwen_ray.core.plan import EngineConfig
+from qwen_ray.core.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 from qwen_ray.core.stats import RequestTimes
-from qwen_ray.core.step import NewSequence
+from qwen_ray.core.step import NewSequence, Sample
 from qwen_ray.engine.block_pool import hash_block
 
 NOT_ON_RANKS = -1
@@ -28,13 +32,17 @@ class Sequence:
         "arrival",
         "block_hashes",
         "block_table",
+        "cleared_at",
         "dp_rank",
         "first_scheduled",
         "first_token",
         "has_answered",
+        "has_ended",
+        "is_set_aside",
         "max_len",
         "num_cached_tokens",
         "num_computed",
+        "num_deaths",
         "num_known",
         "num_prompt_tokens",
         "num_registered",
@@ -61,6 +69,10 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.first_scheduled = 0.0
         self.first_token = 0.0
+        self.has_ended = False
+        self.num_deaths = 0  # of ranks while it ran, without progress in between
+        self.cleared_at = 0  # the number of tokens with which no death is held against it any more
+        self.is_set_aside = False  # it runs alone
         self.leave_ranks()
 
     def leave_ranks(self) -> None:
@@ -75,6 +87,11 @@ class Sequence:
     @property
     def is_on_ranks(self) -> bool:
         return self.sequence_id != NOT_ON_RANKS
+
+    @property
+    def has_begun(self) -> bool:
+        """Here, or in another replica."""
+        return bool(self.first_scheduled) or self.num_output_tokens > 0
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +149,29 @@ class Sequence:
             dp_rank=self.dp_rank,
         )
 
+    def to_delta(
+        self,
+        sample: Sample | None,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+        code: str | None = None,
+    ) -> TokenDelta:
+        """What is to be told now. What is told once, goes with the first."""
+        is_first = not self.has_answered
+        prompt_logprobs = tuple(self.prompt_logprobs) if is_first else ()
+        self.has_answered, self.prompt_logprobs = True, []
+        return TokenDelta(
+            request_id=self.request.request_id,
+            token_ids=() if sample is None else (sample.token_id,),
+            logprobs=() if sample is None or sample.logprobs is None else (sample.logprobs,),
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens if is_first else 0,
+            finish_reason=reason,
+            stop_token_id=sample.token_id if sample is not None and reason == "stop" else None,
+            error=error,
+            code=code,
+        )
+
     def to_times(self, finish_reason: FinishReason, now: float) -> RequestTimes:
         """`first_scheduled` and `first_token` are 0 for a request that ended before."""
         return RequestTimes(
@@ -143,3 +183,24 @@ class Sequence:
             num_output_tokens=self.num_output_tokens,
             finish_reason=finish_reason,
         )
+
+
+def longest(request: GenerateRequest, config: EngineConfig) -> int:
+    """How many tokens it may become, prompt and output. Raises InvalidRequest for what can never run."""
+    prompt = request.prompt_token_ids
+    if not prompt:
+        raise InvalidRequest("the prompt is empty.", param="prompt")
+    if not 0 <= min(prompt) <= max(prompt) < 2**31:
+        raise InvalidRequest("token ids must be between 0 and 2^31 - 1.", param="prompt")
+    if not 0.0 < request.weight < math.inf:
+        raise InvalidRequest(f"the weight must be above 0, got {request.weight}.", param="weight")
+    # The last token is given out, never computed: it needs a place in the context, but none in the pool.
+    for limit, what in (
+        (config.max_model_len - 1, f"the context of {config.max_model_len} tokens, one of them for the answer"),
+        (config.num_kv_tokens, f"the KV memory of {config.num_blocks} blocks of {config.block_size} tokens"),
+    ):
+        if len(prompt) > limit:
+            raise ContextLengthExceeded(f"The prompt has {len(prompt)} tokens; at most {limit} fit {what}.")
+    most = min(config.max_model_len, config.num_kv_tokens + 1)
+    max_tokens = request.sampling.max_tokens
+    return most if max_tokens is None else min(most, len(prompt) + max_tokens)

@@ -62,6 +62,10 @@ class Harness:
             self.finish()
         self._take(self.scheduler.take_deltas())
 
+    @property
+    def alive(self) -> list[str]:
+        return [name for name, deltas in self.deltas.items() if not deltas or deltas[-1].finish_reason is None]
+
     def output(self, name: str) -> list[int]:
         return [token for delta in self.deltas[name] for token in delta.token_ids]
 
@@ -87,7 +91,6 @@ class Harness:
             dp_rank.pool.check([seq.block_table for seq in dp_rank.running])
             assert all(seq.dp_rank == dp_rank.number for seq in dp_rank.running)
             assert len(dp_rank.running) <= self.config.max_num_seqs
-        assert all(not seq.block_table for seq in self.scheduler.waiting)
 
     @property
     def running(self) -> list[Sequence]:
