@@ -13,15 +13,19 @@ from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import SamplingParams, Thinking, TokenLogprobs
 from qwen_ray.serving import answer_schema, schema
 from qwen_ray.serving.answer import prompt_logprobs, stream_response, token_logprobs, usage
+from qwen_ray.serving.call import Call
 from qwen_ray.serving.generation import Generation, Generator, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
 from qwen_ray.text.choice import Piece
 
 
 async def create(
-    body: schema.ChatRequest, request: Request, generator: Generator, arrival: float
+    body: schema.ChatRequest, request: Request, generator: Generator, call: Call
 ) -> answer_schema.ChatCompletion | EventStream:
-    """`arrival` in seconds since the epoch. Raises RequestError, ClientGone."""
+    """Raises RequestError, ClientGone."""
+    call.limit(body.timeout, body.priority)
+    if call.keeps_contents:
+        call.request = [message.model_dump(exclude_none=True) for message in body.messages]
     sampling = _sampling(body)
     prompt = await generator.encode_chat(
         [message.to_template() for message in body.messages],
@@ -29,13 +33,13 @@ async def create(
         variables=body.template_variables,
     )
     _check_thinking(body.enable_thinking, generator.tokenizer.thinking_after(prompt))
-    chat = _Chat(body=body, generator=generator, id=new_id("chatcmpl"), created=int(arrival))
+    chat = _Chat(body=body, generator=generator, id=new_id("chatcmpl"), created=int(call.arrival))
     generation = generator.start(
         chat.id,
         [prompt],
         sampling,
         param="messages",
-        arrival=arrival,
+        call=call,
         priority=body.priority,
         splits_thinking=True,
     )

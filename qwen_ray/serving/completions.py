@@ -14,6 +14,7 @@ from qwen_ray.core.errors import InvalidRequest, RequestTooLarge
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 from qwen_ray.serving import answer_schema, schema
 from qwen_ray.serving.answer import finite, prompt_logprobs, stream_response, token_text, usage
+from qwen_ray.serving.call import Call
 from qwen_ray.serving.generation import Generation, Generator, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
 from qwen_ray.text.choice import Choice, Piece
@@ -23,9 +24,12 @@ MAX_PROMPTS = 1024
 
 
 async def create(
-    body: schema.CompletionRequest, request: Request, generator: Generator, arrival: float
+    body: schema.CompletionRequest, request: Request, generator: Generator, call: Call
 ) -> answer_schema.Completion | EventStream:
-    """`arrival` in seconds since the epoch. Raises RequestError, ClientGone."""
+    """Raises RequestError, ClientGone."""
+    call.limit(body.timeout, body.priority)
+    if call.keeps_contents:
+        call.request = body.prompt
     sampling = _sampling(body)
     if len(body.prompts()) > MAX_PROMPTS:
         raise RequestTooLarge(f"prompt holds {len(body.prompts())} prompts; at most {MAX_PROMPTS}.", param="prompt")
@@ -35,10 +39,8 @@ async def create(
         else prompt
         for prompt in body.prompts()
     ]
-    completion = _Completion(body=body, generator=generator, id=new_id("cmpl"), created=int(arrival))
-    generation = generator.start(
-        completion.id, prompts, sampling, param="prompt", arrival=arrival, priority=body.priority
-    )
+    completion = _Completion(body=body, generator=generator, id=new_id("cmpl"), created=int(call.arrival))
+    generation = generator.start(completion.id, prompts, sampling, param="prompt", call=call, priority=body.priority)
     if body.stream:
         return await stream_response(request, completion.events(generation))
     return await unless_gone(request, completion.whole(generation))

@@ -15,13 +15,30 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from qwen_ray.core.errors import InvalidRequest, NotReady, Overloaded, RequestError, RequestFailed, RequestTooLarge
+from qwen_ray.core.errors import (
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    RequestError,
+    RequestFailed,
+    RequestTooLarge,
+    Unauthorized,
+)
+from qwen_ray.serving.call import Call
 from qwen_ray.serving.schema import NotBuilt
 from qwen_ray.serving.sse import ClientGone
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0  # of an error that does not know better
+
+
+class Refused(HTTPException):
+    """A request error while the body is read, in the one kind that FastAPI lets through there."""
+
+    def __init__(self, error: RequestError, *, status: int | None = None) -> None:
+        super().__init__(status or error.status, error.message, headers={"Connection": "close"})
+        self.error = error
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -39,10 +56,12 @@ def error_response(error: RequestError) -> JSONResponse:
     if isinstance(error, Overloaded | NotReady):
         seconds = error.retry_after if isinstance(error, Overloaded) else RETRY_SECONDS
         headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
-def from_validation(error: RequestValidationError) -> InvalidRequest:
+def from_validation(error: RequestValidationError) -> RequestError:
     """The first thing that pydantic found, with the field's path as the client wrote it."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -64,6 +83,8 @@ def from_validation(error: RequestValidationError) -> InvalidRequest:
             "The body must be a JSON object, sent with the header Content-Type: application/json.", code="invalid_body"
         )
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "too_long":
+        return RequestTooLarge(f"{param}: {message}.", param=param, code="too_long")
     return InvalidRequest(f"{param or 'The request'}: {message}.", param=param, code="invalid_value")
 
 
@@ -80,18 +101,21 @@ def _client_path(loc: list[Any]) -> list[Any]:
 def install(app: FastAPI) -> None:
     """Every error that leaves `app` has OpenAI's body."""
 
-    async def on_request_error(_: Request, error: Exception) -> JSONResponse:
+    async def on_request_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
+        Call.of(request.scope).outcome = error.code or error.kind
         return error_response(error)
 
-    async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
+    async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(from_validation(error))
+        return await on_request_error(request, from_validation(error))
 
     async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        if error.status_code == 413:
-            response = error_response(RequestTooLarge(error.detail, code="request_too_large"))
+        if isinstance(error, Refused):
+            Call.of(request.scope).outcome = error.error.code or error.error.kind
+            response = error_response(error.error)
+            response.status_code = error.status_code
             response.headers.update(error.headers or {})
             return response
         phrase = HTTPStatus(error.status_code).phrase
@@ -101,6 +125,7 @@ def install(app: FastAPI) -> None:
             "param": None,
             "code": phrase.lower().replace(" ", "_"),
         }
+        Call.of(request.scope).outcome = body["code"]
         return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
 
     async def on_client_gone(_request: Request, _error: Exception) -> Response:

@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestError
-from qwen_ray.core.request import GenerateRequest, SamplingParams
+from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
 from qwen_ray.core.stats import RequestTimes
 from qwen_ray.metrics.recorder import IngressRecorder
+from qwen_ray.serving.call import Call
 from qwen_ray.serving.dispatch import Dispatcher
+from qwen_ray.serving.journal import Stream
 from qwen_ray.text.choice import Choice, Piece
 from qwen_ray.text.tokenizer import Tokenizer
 
@@ -51,14 +53,14 @@ class Generation:
         self,
         choices: list[Choice],
         n: int,
-        arrival: float,
+        call: Call,
         dispatcher: Dispatcher,
         recorder: IngressRecorder,
         on_text: Callable[[Choice, Piece], None],
     ) -> None:
         self.choices = choices
         self._firsts = choices[::n]  # of each prompt
-        self._arrival = arrival
+        self._call = call
         self._by_id = {choice.request.request_id: choice for choice in choices}
         self._dispatcher = dispatcher
         self._recorder = recorder
@@ -87,28 +89,40 @@ class Generation:
 
         Raises RequestError. Before the first item nothing has been shown, so it can still be an HTTP status.
         """
-        clock = _Clock(self._recorder, self._arrival, self.choices)
+        clock = _Clock(self._recorder, self._call.arrival, self.choices)
         try:
             with self._dispatcher.open([choice.request for choice in self.choices]) as stream:
                 clock.dispatched()
                 while stream.is_open:
                     pieces: list[Piece] = []
-                    for request_id, delta in await stream.take():
+                    for request_id, delta in await self._take(stream):
                         choice = self._by_id[request_id]
                         if choice.finish_reason is not None:  # by a stop string, a moment ago
                             continue
                         pieces.append(choice.push(delta))
                         clock.took(choice, len(pieces[-1].token_ids))
+                        self._call.gets(choice.index, len(pieces[-1].token_ids), pieces[-1].reasoning + pieces[-1].text)
                         self._on_text(choice, pieces[-1])
                         if choice.finish_reason is not None:
                             stream.drop(request_id)
                     if pieces:
                         yield pieces
-        except RequestError:
+        except RequestError as error:
             clock.ended("error")
+            self._call.outcome = error.code or error.kind
             raise
         finally:
             clock.ended("abort")
+            ends = {choice.finish_reason or "abort" for choice in self.choices}
+            self._call.outcome = self._call.outcome or " ".join(sorted(ends))
+
+    async def _take(self, stream: Stream) -> list[tuple[str, TokenDelta]]:
+        """Raises DeadlineExceeded where no replica has ended the request by its deadline: none may be there."""
+        try:
+            async with asyncio.timeout(self._call.patience):
+                return await stream.take()
+        except TimeoutError:
+            raise self._call.too_late() from None
 
 
 class _Clock:
@@ -203,11 +217,11 @@ class Generator:
         sampling: SamplingParams,
         *,
         param: str,
-        arrival: float,
+        call: Call,
         priority: int = 0,
         splits_thinking: bool = False,
     ) -> Generation:
-        """`param` is the field that prompts came in. Raises InvalidRequest, ContextLengthExceeded."""
+        """`param` is the field that prompts came in. Raises InvalidRequest, ContextLengthExceeded, RateLimited."""
         self.check_ids("logit_bias", sampling.logit_bias)
         self.check_ids("stop_token_ids", sampling.stop_token_ids)
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
@@ -223,13 +237,17 @@ class Generator:
                 seed=seed,
                 stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *ends))),
                 priority=priority,
+                tenant=call.caller.id,
+                weight=call.caller.weight,
+                deadline=call.deadline,
                 arrival=time.time(),  # at the replicas: what was spent on text before is not time in their queue
             )
             choices += [
                 Choice(len(choices) + i, single, sampling.stop, self.tokenizer, splits_thinking=splits_thinking)
                 for i, single in enumerate(request.choices())
             ]
-        return Generation(choices, sampling.n, arrival, self._dispatcher, self._recorder, self._log)
+        call.asks(sum(map(len, prompts)))
+        return Generation(choices, sampling.n, call, self._dispatcher, self._recorder, self._log)
 
     def _log(self, choice: Choice, piece: Piece) -> None:
         if not self._log_requests:

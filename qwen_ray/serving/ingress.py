@@ -17,11 +17,14 @@ from ray import serve
 
 from qwen_ray.cluster.channel import Channel, connect, listen
 from qwen_ray.cluster.directory import Directory, Entry
-from qwen_ray.config import Settings
+from qwen_ray.config import ObservabilitySettings, Settings
 from qwen_ray.metrics.recorder import IngressRecorder
+from qwen_ray.serving.audit import AuditLog
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.generation import Generator, Model
+from qwen_ray.serving.keys import KeyRing
+from qwen_ray.serving.limits import OpenRequests
 from qwen_ray.serving.logs import configure_logs
 from qwen_ray.serving.messages import CODEC
 from qwen_ray.serving.routes import Service, create_app
@@ -34,15 +37,25 @@ async def open_channel(entry: Entry) -> Channel[Any]:
     return await connect(entry.address, entry.secret, CODEC, seconds=CONNECT_SECONDS)
 
 
+def _audit_log(settings: ObservabilitySettings) -> AuditLog | None:
+    """Raises SettingsError when it cannot be written to."""
+    if settings.audit_log is None:
+        return None
+    return AuditLog(settings.audit_log, settings.audit_max_bytes, keeps_contents=settings.audit_contents)
+
+
 @serve.ingress()
 class Ingress:
     async def __init__(self, settings: Settings, model: Model, path: str, app: str, replicas: object) -> None:
-        """`path` is where the tokenizer lies on this node: a directory or a GGUF file. Raises CheckpointError.
+        """`path` is where the tokenizer lies on this node: a directory or a GGUF file. Raises CheckpointError,
+        and SettingsError for files of keys and audits.
 
         `replicas` is Serve's handle; it is here so that Serve deploys them, requests take another way.
         """
         ingress = serve.get_replica_context().replica_id.unique_id
         configure_logs(settings.observability.log_level, f"ingress {ingress}")
+        keys = KeyRing(settings.http)
+        audit = _audit_log(settings.observability)
         tokenizer = await asyncio.to_thread(Tokenizer.load, Path(path), settings.models[0].load_format)
         recorder = IngressRecorder(model.name, ingress)
         self._directory = Directory(app)
@@ -60,7 +73,10 @@ class Ingress:
             metrics=fleet.metrics,
             status=fleet.status,
             expert_load=fleet.expert_load,
+            keys=keys,
+            open_requests=OpenRequests(settings.http.max_open_requests),
             max_body_bytes=settings.http.max_body_bytes,
+            audit=audit,
         )
         await self._dispatcher.start()
         secret = secrets.token_bytes(32)

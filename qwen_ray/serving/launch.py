@@ -30,6 +30,7 @@ from qwen_ray.core import errors
 from qwen_ray.core.errors import QwenRayError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.serving.app import APP, build
+from qwen_ray.serving.logs import handler
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class DeployFailed(QwenRayError):
 
 def main() -> None:
     settings = Settings.from_dict(json.loads(sys.stdin.readline()))
-    logging.basicConfig(level=settings.observability.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=settings.observability.log_level.upper(), handlers=[handler("server")])
     threading.Thread(target=_stop_with_stdin, daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

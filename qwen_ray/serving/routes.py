@@ -16,9 +16,13 @@ from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.planner.experts import ExpertLoadFile
 from qwen_ray.serving import answer_schema, chat, completions, errors, schema
 from qwen_ray.serving.answer import token_text
+from qwen_ray.serving.audit import AuditLog
+from qwen_ray.serving.call import Call
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.serving.generation import Generator
-from qwen_ray.serving.middleware import ARRIVAL, BodyLimit, CountRequests
+from qwen_ray.serving.keys import KeyRing
+from qwen_ray.serving.limits import OpenRequests
+from qwen_ray.serving.middleware import MAX_SHOWN, BodyLimit, Gate, Watch
 
 VERSION = version("qwen-ray")
 
@@ -33,10 +37,14 @@ class Service:
     metrics: Callable[[], Awaitable[str]]
     status: Callable[[], Awaitable[dict[str, Any]]]
     expert_load: Callable[[], Awaitable[tuple[tuple[int, ...], ...]]]
+    keys: KeyRing
+    open_requests: OpenRequests
     max_body_bytes: int
+    audit: AuditLog | None = None
 
-    def check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None, call: Call) -> None:
         """Raises UnknownModel; a request without a name means the one that is served."""
+        call.model = (self.generator.model.name if name is None else name)[:MAX_SHOWN]
         if name is not None and name != self.generator.model.name:
             raise UnknownModel(name, [self.generator.model.name])
 
@@ -56,7 +64,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
-    app.add_middleware(CountRequests, on_response=service.recorder.http_request)
+    app.add_middleware(Gate, keys=service.keys, open_requests=service.open_requests)
+    app.add_middleware(Watch, on_response=service.recorder.http_request, audit=service.audit)
     errors.install(app)
     return app
 
@@ -68,15 +77,15 @@ def _service(request: Request) -> Service:
 @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": answer_schema.ChatCompletion}})
 async def chat_completions(body: schema.ChatRequest, request: Request) -> answer_schema.ChatCompletion | Response:
     service = _service(request)
-    service.check_model(body.model)
-    return await chat.create(body, request, service.generator, request.scope[ARRIVAL])
+    service.check_model(body.model, Call.of(request.scope))
+    return await chat.create(body, request, service.generator, Call.of(request.scope))
 
 
 @router.post("/v1/completions", response_model=None, responses={200: {"model": answer_schema.Completion}})
 async def text_completions(body: schema.CompletionRequest, request: Request) -> answer_schema.Completion | Response:
     service = _service(request)
-    service.check_model(body.model)
-    return await completions.create(body, request, service.generator, request.scope[ARRIVAL])
+    service.check_model(body.model, Call.of(request.scope))
+    return await completions.create(body, request, service.generator, Call.of(request.scope))
 
 
 @router.get("/v1/models")
@@ -87,14 +96,14 @@ async def models(request: Request) -> answer_schema.ModelList:
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> answer_schema.ModelCard:
     service = _service(request)
-    service.check_model(name)
+    service.check_model(name, Call.of(request.scope))
     return service.card()
 
 
 @router.post("/tokenize")
 async def tokenize(body: schema.TokenizeRequest, request: Request) -> answer_schema.TokenizeAnswer:
     service = _service(request)
-    service.check_model(body.model)
+    service.check_model(body.model, Call.of(request.scope))
     generator = service.generator
     if body.messages is not None:
         tokens = await generator.encode_chat(
@@ -113,7 +122,7 @@ async def tokenize(body: schema.TokenizeRequest, request: Request) -> answer_sch
 @router.post("/detokenize")
 async def detokenize(body: schema.DetokenizeRequest, request: Request) -> answer_schema.DetokenizeAnswer:
     service = _service(request)
-    service.check_model(body.model)
+    service.check_model(body.model, Call.of(request.scope))
     service.generator.check_ids("tokens", body.tokens)
     return answer_schema.DetokenizeAnswer(
         prompt=service.generator.tokenizer.decode(body.tokens, skip_special_tokens=False)

@@ -18,6 +18,27 @@ Count = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
+MAX_TIMEOUT = 7 * 24 * 3600.0  # seconds
+MAX_DEPTH = 100  # of objects and lists in one another
+MAX_MESSAGES = 2048  # as OpenAI has it, like the number of parts
+MAX_PARTS = 2048
+MAX_LISTED_TOKENS = 2**20  # stop tokens, tokens to be shown as text
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _one_or_many(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
@@ -45,6 +66,8 @@ class Request(BaseModel):
     def _refuse_what_is_not_built(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if _is_deep(data):
+            raise ValueError(f"the body has more than {MAX_DEPTH} objects and lists in one another")
         for name, defaults in cls.not_built.items():
             value = data.get(name)
             if value is not None and value not in ([], {}, *defaults):
@@ -88,6 +111,7 @@ class SamplingFields(Request):
     prompt_logprobs: Count | None = None
     skip_special_tokens: Flag = True
     priority: Annotated[Count, Field(ge=-(2**31), lt=2**31)] = 0
+    timeout: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -136,7 +160,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -167,7 +191,7 @@ class Message(BaseModel):
 class Conversation(Request):
     """What becomes a prompt through the chat template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     add_generation_prompt: Flag = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -253,7 +277,7 @@ class TokenizeRequest(Request):
     """vLLM's: a prompt, or the messages of a chat."""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: Flag = True
     add_generation_prompt: Flag = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -267,4 +291,4 @@ class TokenizeRequest(Request):
 
 
 class DetokenizeRequest(Request):
-    tokens: list[Count]
+    tokens: list[Count] = Field(max_length=MAX_LISTED_TOKENS)

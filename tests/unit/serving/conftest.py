@@ -15,15 +15,19 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qwen_ray.cluster.channel import Channel, Listener, connect, listen
 from qwen_ray.cluster.directory import Entry
+from qwen_ray.config import HttpSettings
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, TokenDelta, TokenLogprobs
 from qwen_ray.core.step import NewSequence, PromptLogprobs, Sample, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
+from qwen_ray.serving.audit import AuditLog
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.generation import Generator, Model
+from qwen_ray.serving.keys import KeyRing
+from qwen_ray.serving.limits import OpenRequests
 from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
 from qwen_ray.serving.routes import Service, create_app
 from qwen_ray.serving.sessions import Sessions
@@ -42,6 +46,7 @@ THOUGHT = "<think>\nGrüße?\n\nAh, 世界.\n</think>\n\nGrüße, 世界! STOP a
 THINKING_TEMPLATE = (Path(__file__).parents[1] / "text" / "qwen3_chat_template.jinja").read_text() + (
     "{%- if opens is defined %}{{- '<think>\n' }}{%- endif %}"
 )
+HTTP = HttpSettings(max_body_bytes=200_000)
 TEXT = "Grüße, 世界! 👩‍👩‍👧 The end of the line. STOP and more."
 
 
@@ -195,10 +200,19 @@ class FakeReplica:
 class Server:
     """An ingress without Serve, its replicas, and a client."""
 
-    def __init__(self, tokenizer: OurTokenizer, config: EngineConfig, text: str = TEXT) -> None:
+    def __init__(
+        self,
+        tokenizer: OurTokenizer,
+        config: EngineConfig,
+        text: str = TEXT,
+        http: HttpSettings = HTTP,
+        audit: AuditLog | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.text = text  # what its replicas say
+        self.http = http
+        self.audit = audit
         self.replicas: list[FakeReplica] = []
         self.other_ingresses: list[Entry] = []
         self.recorder = IngressRecorder("tiny", "one")
@@ -230,7 +244,10 @@ class Server:
             metrics=fleet.metrics,
             status=fleet.status,
             expert_load=fleet.expert_load,
-            max_body_bytes=200_000,
+            keys=KeyRing(self.http),
+            open_requests=OpenRequests(self.http.max_open_requests),
+            max_body_bytes=self.http.max_body_bytes,
+            audit=self.audit,
         )
         config = uvicorn.Config(create_app(self.service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         self._http = uvicorn.Server(config)
