@@ -5,9 +5,9 @@
 Qwen3-MoE's architecture with dummy weights in bf16, 2.03 billion parameters of which a token passes through 0.45, on
 one rank with all cores: the engine and the worker as they serve, without Ray and HTTP. Decoding reads weights, so it is
 held against the memory bus: the bytes of a step are those of the experts that its tokens went to (counted by the
-layers, in a round of its own: greedy tokens are the same each time), of all other weights and of the KV cache; the
-bandwidth is measured before each workload of each round, and so is the rate of a large matrix product, which is the
-limit for many rows. A last round is profiled.
+layers, in a first round that is profiled, too: greedy tokens are the same each time), of all other weights and of the
+KV cache; the bandwidth is measured before each workload of each round, and so is the rate of a large matrix product,
+which is the limit for many rows.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload(num_sequences=1, num_output_tokens=64, num_profiled=6),
-    Workload(num_sequences=32, num_output_tokens=32, num_profiled=2),
+    Workload(num_sequences=1, num_output_tokens=32, num_profiled=6),
+    Workload(num_sequences=32, num_output_tokens=16, num_profiled=2),
 )
 
 
@@ -97,8 +97,8 @@ class Measured:
     kv_bytes: float
     part_bytes: dict[str, float]  # the same bytes, by the part that reads them
     part_operations: dict[str, float]  # products with weights, of a decode step
+    profile: dict[str, PartTime]
     rounds: list[Round] = field(default_factory=list)
-    profile: dict[str, PartTime] = field(default_factory=dict)
 
     @property
     def step_bytes(self) -> float:
@@ -169,8 +169,9 @@ def make_spec(directory: Path) -> ReplicaSpec:
     )
 
 
-def count(bench: Bench, workload: Workload) -> Measured:
-    """What its decode steps read. A round for this alone: asking the layers after each step takes time."""
+def observe(bench: Bench, workload: Workload) -> Measured:
+    """What its decode steps read and where their time goes. A round for this alone: looking takes time, too."""
+    profile = StepProfile()
     touched: list[int] = []  # by decode step, in all layers
     before = bench.rank.worker.stats().expert_tokens
 
@@ -180,6 +181,10 @@ def count(bench: Bench, workload: Workload) -> Measured:
         layers = zip(now, before, strict=True)
         if is_decode(stats):
             touched.append(sum(a > b for layer in layers for a, b in zip(*layer, strict=True)))
+            if len(touched) == SKIPPED_STEPS:
+                profile.start()
+            elif len(touched) == SKIPPED_STEPS + workload.num_profiled:
+                profile.stop()
         before = now
 
     bench.run(*workload.size, on_step)
@@ -211,6 +216,7 @@ def count(bench: Bench, workload: Workload) -> Measured:
         part_bytes={name: count * ELEMENT_BYTES for name, count in parameters.items()}
         | {"experts": statistics.mean(touched) * expert_bytes, "attention": kv_bytes},
         part_operations={name: 2 * workload.num_sequences * count for name, count in parameters.items()},
+        profile=profile.parts(),
     )
 
 
@@ -225,22 +231,6 @@ def time_round(bench: Bench, workload: Workload, matrix: torch.Tensor) -> Round:
         prefill_seconds=sum(step_seconds(s) for s in steps if not is_decode(s)),
         decode_seconds=statistics.median(step_seconds(s) for s in steps if is_decode(s)),
     )
-
-
-def profiled(bench: Bench, workload: Workload) -> dict[str, PartTime]:
-    profile = StepProfile()
-    num_decodes = 0
-
-    def on_step(stats: StepStats) -> None:
-        nonlocal num_decodes
-        num_decodes += is_decode(stats)
-        if num_decodes == SKIPPED_STEPS and is_decode(stats):
-            profile.start()
-        elif num_decodes == SKIPPED_STEPS + workload.num_profiled:
-            profile.stop()
-
-    bench.run(*workload.size, on_step)
-    return profile.parts()
 
 
 def report(bench: Bench, measured: list[Measured], seconds: float) -> dict[str, Any]:
@@ -324,13 +314,11 @@ def sentence(m: Measured) -> str:
 
 
 def measure(bench: Bench, num_rounds: int) -> list[Measured]:
-    measured = [count(bench, workload) for workload in WORKLOADS]  # the warm-up, too
+    measured = [observe(bench, workload) for workload in WORKLOADS]  # the warm-up, too
     matrix = this_machine.make_matrix()
     for _ in range(num_rounds):
         for m in measured:
             m.rounds.append(time_round(bench, m.workload, matrix))
-    for m in measured:
-        m.profile = profiled(bench, m.workload)
     return measured
 
 
