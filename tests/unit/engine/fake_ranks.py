@@ -3,7 +3,7 @@
 A token's "K and V" are a hash of its whole context, kept per slot. The next token is drawn from the hash that is read
 *out of the slots*, so whoever shares, frees or overwrites a block wrongly fails at once. Every rule of the wire format
 is asserted. Each dp rank has slots and sequences of its own, as real ones have: a chunk on another than its sequence's
-finds nobody, and a block of another dp rank holds the wrong K and V.
+finds nobody, and a block of another dp rank holds the wrong K and V. Some sequences kill them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenLogprobs
 from qwen_ray.core.step import Chunk, NewSequence, PromptLogprobs, Sample, StepBatch, StepResult
 
 VOCAB_SIZE = 50
-POISON = 13  # a seed whose second token comes out non-finite
+# Seeds of sequences that something is wrong with.
+POISON = 13  # its second token comes out non-finite
+LETHAL = 66  # whatever is computed of it kills the ranks
+LETHAL_LATER = 67  # its third token does
+LETHAL_DECODE = 68  # its third token, and any later one, does unless it comes from a prefill
 
 
 def extend(context: int, token: int) -> int:
@@ -49,7 +53,7 @@ def alone(request: GenerateRequest, config: EngineConfig) -> tuple[list[int], st
     max_len = min(config.max_model_len, config.num_kv_tokens + 1)
     max_tokens = request.sampling.max_tokens or max_len
     while True:
-        if request.seed == POISON and len(output) == 1:
+        if (request.seed, len(output)) in ((POISON, 1), (LETHAL_LATER, 2)) or request.seed == LETHAL:
             return output, "error"
         context = context_of(prompt + output)
         mask = masked(len(output), request.sampling, request.stop_token_ids)
@@ -76,15 +80,20 @@ class FakeRanks:
         self.step_id = 0
         self.num_computed_tokens = 0
         self.batches: list[StepBatch] = []
+        self.are_dead = False
 
     def restart(self) -> None:
         """As after a repair: no K and V, no sequences."""
+        self.are_dead = False
         for dp_rank in self.dp_ranks:
             dp_rank.restart()
 
     def execute(self, batch: StepBatch) -> StepResult:
+        """Raises RankFailed when they die of it, and from then on until `restart`."""
         assert batch.step_id > self.step_id, "steps out of order"
         assert batch.chunks, "an empty step"
+        if self.are_dead:
+            raise RankFailed(0, "dead already")
         known = [sequence_id for dp_rank in self.dp_ranks for sequence_id in dp_rank.known]
         assert len(set(batch.dropped)) == len(batch.dropped), "dropped twice"
         assert set(batch.dropped) <= set(known), "dropped, but not known"
@@ -94,7 +103,11 @@ class FakeRanks:
         self.batches.append(batch)
         parts = [batch.part(number) for number in range(len(self.dp_ranks))]
         assert sum(len(part.chunks) + len(part.new) for part in parts) == len(batch.chunks) + len(batch.new)
-        return StepResult.joined([rank.execute(part) for rank, part in zip(self.dp_ranks, parts, strict=True)])
+        result = StepResult.joined([rank.execute(part) for rank, part in zip(self.dp_ranks, parts, strict=True)])
+        self.are_dead = any(rank.is_killed_by(chunk) for rank in self.dp_ranks for chunk in batch.chunks)
+        if self.are_dead:
+            raise RankFailed(0, "killed by what it computed")
+        return result
 
 
 class FakeRank:
@@ -118,6 +131,17 @@ class FakeRank:
             self._attend(chunk)
         logprobs = [part for chunk in batch.chunks if (part := self._prompt_logprobs(chunk)).entries]
         return StepResult(step_id=batch.step_id, samples=tuple(samples), prompt_logprobs=tuple(logprobs))
+
+    def is_killed_by(self, chunk: Chunk) -> bool:
+        seq = self.known.get(chunk.sequence_id)
+        if seq is None:  # it is on another dp rank
+            return False
+        num_output = len(seq.token_ids) - seq.new.num_prompt_tokens
+        return (
+            seq.new.seed == LETHAL
+            or (seq.new.seed == LETHAL_LATER and num_output == 2 and self._is_sampled(chunk))
+            or (seq.new.seed == LETHAL_DECODE and num_output >= 2 and chunk.count == 1)
+        )
 
     def _take_in(self, batch: StepBatch) -> None:
         assert batch.num_tokens <= self.config.max_num_batched_tokens, "batch too large"
@@ -201,14 +225,20 @@ class FakeExecutor:
     def submit(self, batch: StepBatch) -> Awaitable[StepResult]:
         self.num_inflight += 1
         self.max_inflight = max(self.max_inflight, self.num_inflight)
-        result = self.ranks.execute(batch)
+        result: StepResult | RankFailed
+        try:
+            result = self.ranks.execute(batch)
+        except RankFailed as failure:
+            result = failure
         self.on_submit(batch)
-        return self._answer(result)
+        return self._answer(batch, result)
 
-    async def _answer(self, result: StepResult) -> StepResult:
+    async def _answer(self, batch: StepBatch, result: StepResult | RankFailed) -> StepResult:
         for _ in range(self.latency):
             await asyncio.sleep(0)
         self.num_inflight -= 1
-        if result.step_id in self.fail_at:
+        if isinstance(result, RankFailed):
+            raise result
+        if batch.step_id in self.fail_at:
             raise RankFailed(1, "killed by the test")
         return result

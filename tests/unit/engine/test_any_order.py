@@ -1,4 +1,4 @@
-"""The scheduler under any order of arrivals, steps, aborts and failures."""
+"""The scheduler under any order of arrivals, steps, aborts, deadlines and deaths, some of them by its own doing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qwen_ray.core.errors import ContextLengthExceeded, Overloaded
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, SamplingParams
-from tests.unit.engine.fake_ranks import POISON, alone
+from tests.unit.engine.fake_ranks import LETHAL, LETHAL_LATER, POISON, alone
 from tests.unit.engine.harness import Harness
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Arrivals, aborts, steps and failures in any order, over few blocks and prompts that share their beginnings."""
+    """Any events in any order, over few blocks and prompts that share their beginnings."""
 
     @initialize(
         depth=st.integers(1, 3),
@@ -56,8 +56,11 @@ class AnyOrder(RuleBasedStateMachine):
         max_tokens=st.one_of(st.none(), st.integers(3, 20)),
         min_tokens=st.integers(0, 3),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
-        seed=st.sampled_from([1, 2, 3, 4, 5, POISON]),
+        seed=st.sampled_from([1, 2, 3, 4, 5, POISON, LETHAL, LETHAL_LATER]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        tenant=st.sampled_from(["a", "b", "c"]),
+        time_left=st.sampled_from([None, None, None, 0.0, 2.0]),
+        is_suspect=st.sampled_from([False, False, False, True]),
     )
     def arrive(
         self,
@@ -69,6 +72,9 @@ class AnyOrder(RuleBasedStateMachine):
         priority: int,
         seed: int,
         prompt_logprobs: int | None,
+        tenant: str,
+        time_left: float | None,
+        is_suspect: bool,
     ) -> None:
         new = GenerateRequest(
             request_id=f"r{len(self.harness.requests)}",
@@ -77,6 +83,10 @@ class AnyOrder(RuleBasedStateMachine):
             seed=seed,
             stop_token_ids=(0, 1, 2),
             priority=priority,
+            tenant=tenant,
+            weight=2.0 if tenant == "a" else 1.0,
+            deadline=None if time_left is None else self.harness.now + time_left,
+            is_suspect=is_suspect,
         )
         tokens, _ = alone(new, self.harness.config)
         if len(tokens) > earlier:
@@ -105,15 +115,18 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.harness.alive or ["nobody"]))
-        self.harness.aborted.add(name)
-        self.harness.scheduler.abort(name)
+        self.harness.abort(name)
 
-    @rule(happens=st.sampled_from([False, False, False, True]))
-    def lose_ranks(self, happens: bool) -> None:
-        if happens:
-            self.harness.inflight.clear()
-            self.harness.ranks.restart()
-            self.harness.scheduler.reset()
+    @rule()
+    def time_passes(self) -> None:
+        self.harness.now += 1.0
+
+    @rule(what=st.sampled_from(["nothing", "nothing", "they die", "they are stopped"]))
+    def lose_ranks(self, what: str) -> None:
+        if what == "they die":
+            self.harness.die()
+        elif what == "they are stopped":
+            self.harness.restart(ranks_died=False)
 
     @invariant()
     def books_agree(self) -> None:

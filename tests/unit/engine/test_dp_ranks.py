@@ -130,10 +130,8 @@ def test_after_a_reset_sequences_find_new_places() -> None:
     harness.add(request("a", range(20)), request("b", range(50, 60)), request("c", range(70, 80), max_tokens=20))
     harness.step()
     assert places(harness) == {"a": 0, "b": 1, "c": 1}
-    harness.scheduler.abort("a")
-    harness.aborted.add("a")
-    harness.ranks.restart()
-    harness.scheduler.reset()
+    harness.abort("a")
+    harness.restart(ranks_died=False)
     harness.step()
     assert places(harness) == {"b": 0, "c": 1}
     harness.drain()

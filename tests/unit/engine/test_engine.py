@@ -5,94 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
-from qwen_ray.core.errors import ContextLengthExceeded, RankFailed
+from qwen_ray.core.errors import RANKS_FAILED, ContextLengthExceeded, RankFailed
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
-from qwen_ray.core.stats import RequestTimes, StepStats
 from qwen_ray.core.step import StepBatch, StepResult
-from qwen_ray.engine.engine import Engine
-from tests.unit.engine.fake_ranks import POISON, FakeExecutor, alone
+from tests.unit.engine.fake_ranks import LETHAL, LETHAL_LATER, POISON
+from tests.unit.engine.owner import Owner
 
 CONFIG = EngineConfig(num_blocks=64, block_size=4, max_model_len=128, max_num_seqs=16, max_num_batched_tokens=48)
-
-
-class Owner:
-    """Whoever owns the requests: keeps their journals, and the engine to its word about ends."""
-
-    def __init__(self, config: EngineConfig, *, latency: int = 1) -> None:
-        self.config = config
-        self.executor = FakeExecutor(config, latency=latency)
-        self.requests: dict[str, GenerateRequest] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.ends: dict[str, TokenDelta] = {}
-        self.messages: list[list[TokenDelta]] = []
-        self.steps: list[StepStats] = []
-        self.times: list[RequestTimes] = []
-        self.on_token: Callable[[TokenDelta], None] = lambda _: None
-        self.has_crashed = False
-        self._changed = asyncio.Event()
-        self.engine = Engine(config, self.executor, self._take, self.steps.append, self.times.append)
-
-    def add(self, *requests: GenerateRequest) -> None:
-        for request in requests:
-            self.engine.add(request)
-            self.requests[request.request_id] = request
-            self.tokens[request.request_id] = []
-
-    def _take(self, deltas: list[TokenDelta]) -> None:
-        self.messages.append(deltas)
-        for delta in deltas:
-            assert delta.request_id not in self.ends, "a delta after the end"
-            self.tokens[delta.request_id] += delta.token_ids
-            if delta.finish_reason:
-                self.ends[delta.request_id] = delta
-        for delta in deltas:
-            self.on_token(delta)
-        self._changed.set()
-
-    async def _run(self) -> None:
-        try:
-            await self.engine.run()
-        except BaseException:
-            self.has_crashed = True
-            self._changed.set()
-            raise
-
-    async def all_ended(self) -> None:
-        async with asyncio.timeout(30):  # a hang is a failure, not a wait
-            while len(self.ends) < len(self.requests):
-                assert not self.has_crashed, "the engine's loop has ended"
-                self._changed.clear()
-                await self._changed.wait()
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[Owner]:
-        task = asyncio.ensure_future(self._run())
-        try:
-            yield self
-        finally:
-            self.engine.stop()
-            await task  # what crashed it says more than what the test missed
-
-    def check_ended(self) -> None:
-        for name, request in self.requests.items():
-            tokens, reason = alone(request, self.config)
-            tokens = tokens[len(request.output_token_ids) :]
-            if self.ends[name].finish_reason == "abort":
-                assert self.tokens[name] == tokens[: len(self.tokens[name])]
-            else:
-                assert (self.tokens[name], self.ends[name].finish_reason) == (tokens, reason)
-        stats = self.engine.stats()
-        assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
-        assert stats.output_tokens_total >= sum(map(len, self.tokens.values()))
-        assert len(self.times) == len(self.requests)
-        assert self.engine.stalled_seconds == 0.0
 
 
 def request(name: str, prompt: range | list[int], *, seed: int = 1, max_tokens: int = 12) -> GenerateRequest:
@@ -279,6 +203,43 @@ async def test_a_failed_rank_costs_no_request(depth: int, caplog: pytest.LogCapt
     assert num_failures >= 2
     gc.collect()
     assert not caplog.records, "a failed step whose exception nobody asked for"
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+async def test_whoever_kills_the_ranks_ends_before_run_raises_and_sixteen_others_do_not_notice(depth: int) -> None:
+    owner = Owner(replace(CONFIG, depth=depth), latency=2)
+    owner.add(*(request(f"r{i}", [*range(5), i], seed=i) for i in range(16)))
+    owner.add(
+        request("killer", [7, 8], seed=LETHAL), replace(request("known", [9], seed=LETHAL_LATER), is_suspect=True)
+    )
+    num_failures = 0
+    while owner.engine.stats().poisonous_total < 2:
+        with pytest.raises(RankFailed):
+            await owner.engine.run()
+        owner.executor.ranks.restart()
+        num_failures += 1
+    codes = {name: end.code for name, end in owner.ends.items() if end.code}
+    assert codes == {"killer": RANKS_FAILED, "known": RANKS_FAILED}
+    assert num_failures == 4
+    async with owner.running():
+        await owner.all_ended()
+    owner.check_ended()
+
+
+async def test_a_failure_that_is_none_of_the_ranks_blames_nobody() -> None:
+    owner = Owner(CONFIG, latency=1000)
+    owner.add(request("a", [1]))
+    submitted = asyncio.Event()
+    owner.executor.on_submit = lambda _: submitted.set()
+    for _ in range(3):
+        submitted.clear()
+        run = asyncio.ensure_future(owner.engine.run())
+        await submitted.wait()
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        owner.executor.ranks.restart()
+    assert owner.engine.stats().num_set_aside == 0
 
 
 async def test_stop_keeps_sequences_and_run_goes_on() -> None:

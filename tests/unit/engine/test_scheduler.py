@@ -117,8 +117,7 @@ def test_an_admission_leaves_a_block_for_each_running_sequence() -> None:
 
 def test_what_the_ranks_have_lost_is_not_dropped_again() -> None:
     harness = run(SMALL, request("a", [1]))  # its end has not been told to the ranks
-    harness.ranks.restart()
-    harness.scheduler.reset()
+    harness.restart(ranks_died=False)
     harness.add(request("b", [1]))
     harness.drain()
     assert harness.ranks.batches[-1].dropped == ()
@@ -148,10 +147,9 @@ def test_an_aborted_sequence_gives_its_blocks_back_while_its_step_is_in_flight()
     harness = Harness(SMALL)
     harness.add(request("a", range(20)), request("b", range(30, 40)))
     harness.submit()
-    harness.scheduler.abort("a")
-    harness.aborted.add("a")
-    harness.scheduler.abort("a")
-    harness.scheduler.abort("nobody")
+    harness.abort("a")
+    harness.abort("a")
+    harness.abort("nobody")
     harness.add(request("c", range(50, 62)))
     harness.drain()
     harness.check_ended()
@@ -242,9 +240,7 @@ def test_after_a_reset_everything_runs_again_from_its_tokens_so_far() -> None:
     for _ in range(5):
         harness.step()
     harness.submit()
-    harness.inflight.clear()
-    harness.ranks.restart()
-    harness.scheduler.reset()
+    harness.restart(ranks_died=False)
     harness.check_books()
     assert harness.scheduler.stats().num_running == 0
     harness.drain()
