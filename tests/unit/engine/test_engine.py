@@ -13,7 +13,7 @@ from qwen_ray.core.errors import RANKS_FAILED, ContextLengthExceeded, RankFailed
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
 from qwen_ray.core.step import StepBatch, StepResult
-from tests.unit.engine.fake_ranks import LETHAL, LETHAL_LATER, POISON
+from tests.unit.engine.fake_ranks import LETHAL, POISON
 from tests.unit.engine.owner import Owner
 
 CONFIG = EngineConfig(num_blocks=64, block_size=4, max_model_len=128, max_num_seqs=16, max_num_batched_tokens=48)
@@ -209,9 +209,7 @@ async def test_a_failed_rank_costs_no_request(depth: int, caplog: pytest.LogCapt
 async def test_whoever_kills_the_ranks_ends_before_run_raises_and_sixteen_others_do_not_notice(depth: int) -> None:
     owner = Owner(replace(CONFIG, depth=depth), latency=2)
     owner.add(*(request(f"r{i}", [*range(5), i], seed=i) for i in range(16)))
-    owner.add(
-        request("killer", [7, 8], seed=LETHAL), replace(request("known", [9], seed=LETHAL_LATER), is_suspect=True)
-    )
+    owner.add(request("killer", [7, 8], seed=LETHAL), replace(request("known", [9], seed=LETHAL), is_suspect=True))
     num_failures = 0
     while owner.engine.stats().poisonous_total < 2:
         with pytest.raises(RankFailed):
