@@ -149,6 +149,12 @@ class HttpSettings(Section):
     max_open_requests: int = Field(
         default=2048, ge=1, description="requests that one ingress has open at once; one more gets 429"
     )
+    queue_timeout: float = Field(
+        default=120.0, gt=0, description="seconds that a request waits while no replica is ready; then 503"
+    )
+    drain_timeout: float = Field(
+        default=600.0, ge=0, description="seconds that what is being removed goes on with the answers it has begun"
+    )
     api_keys: Annotated[tuple[ApiKey, ...], AfterValidator(check_distinct)] = Field(
         default=(), description="key that clients must send; its hash is kept. Others can see flags: rather a variable"
     )
@@ -245,6 +251,8 @@ OPTIONS: dict[str, str] = {
     "num-ingress": "http.num_ingress",
     "max-body-bytes": "http.max_body_bytes",
     "max-open-requests": "http.max_open_requests",
+    "queue-timeout": "http.queue_timeout",
+    "drain-timeout": "http.drain_timeout",
     "api-key": "http.api_keys",
     "api-keys-file": "http.api_keys_file",
     "ssl-certfile": "http.ssl_certfile",

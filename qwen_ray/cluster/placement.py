@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ async def place(spec: ReplicaSpec, *, seconds: float) -> PlacementGroup:
     """A placement group with room for every rank. Raises PlanRefused after `seconds`, naming what is missing."""
     bundle = {name: amount * spec.plan.stage_size for name, amount in rank_resources(spec).items()}
     bundles = [dict(bundle) for _ in range(spec.plan.pp)]
-    group = placement_group(bundles, strategy="PACK", name=f"qwen-ray:{spec.name}")
+    # Names are unique in a cluster, and a model has several replicas.
+    group = placement_group(bundles, strategy="PACK", name=f"qwen-ray:{spec.name}-{secrets.token_hex(3)}")
     try:
         if await asyncio.to_thread(group.wait, seconds):
             return group

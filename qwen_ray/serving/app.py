@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -30,6 +31,7 @@ APP = "qwen-ray"
 # Tokens of presence in Ray's count of CPUs, as for ranks: how cores are shared is the planner's arithmetic.
 DEPLOYMENT_CPUS = 0.1
 MAX_ONGOING_REQUESTS = 10_000  # Serve does not limit; the engine's queue does, with 429
+CLOSE_SECONDS = 10.0  # beyond draining: for ranks to end
 
 
 def build(settings: Settings | dict[str, Any]) -> serve.Application:
@@ -40,13 +42,16 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
     settings = settings if isinstance(settings, Settings) else Settings.from_dict(settings)
     model = _one_model(settings)
     spec = replica_spec(settings)
+    has_room = has_room_for_one_more(settings, spec)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=settings.http.num_ingress,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": DEPLOYMENT_CPUS},
         health_check_period_s=5,
-        graceful_shutdown_timeout_s=5,
+        # Streams go on until they end: in an update beside the new ingress, which comes first.
+        graceful_shutdown_timeout_s=settings.http.drain_timeout + CLOSE_SECONDS,
+        max_surge_percent=100,
         logging_config={"enable_access_log": False},  # a line per request costs more than routing it
     )(Ingress)
     replica = serve.deployment(
@@ -56,13 +61,16 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         autoscaling_config=autoscaling_config(model),
         health_check_period_s=2,
         health_check_timeout_s=30,
-        # No request goes through Serve's handles, so there is none to wait for: ingresses hand over.
+        # No request goes through Serve's handles, so there is none to wait for: the replica drains itself.
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=8,
+        graceful_shutdown_timeout_s=settings.http.drain_timeout + CLOSE_SECONDS,
+        # An update starts the new one first, one at a time, and then stops an old one; where there is no room for
+        # both, the old one goes first, and requests wait.
+        max_surge_percent=max(1, 100 // model.replicas.max) if has_room else 0,
         max_constructor_retry_count=1,  # what can pass is tried again in there; the rest would only fail later
     )(Replica)
-    replicas = replica.bind(spec, APP, settings.observability.log_level)
-    return ingress.bind(settings, served_model(model, spec), spec.path, APP, replicas)
+    replicas = replica.bind(spec, APP, settings.observability.log_level, settings.http.drain_timeout)
+    return ingress.bind(settings, served_model(model, spec), spec, APP, not has_room, replicas)
 
 
 def replica_spec(settings: Settings) -> ReplicaSpec:
@@ -71,6 +79,22 @@ def replica_spec(settings: Settings) -> ReplicaSpec:
     path = resolve(model.source, settings.cache_dir, revision=model.revision)
     request = plan_request(settings, model, load_config(path), hardware(), dp=model.replicas.max)
     return plan(request).require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
+
+
+def has_room_for_one_more(settings: Settings, spec: ReplicaSpec) -> bool:
+    """Whether the cluster could hold a replica beside those that are asked for."""
+    model = _one_model(settings)
+    request = plan_request(settings, model, spec.config, hardware(), dp=model.replicas.max + 1)
+    as_it_is = replace(
+        request,
+        tp=spec.plan.tp,
+        pp=spec.plan.pp,
+        ep=spec.plan.ep,
+        dp_attention=spec.plan.dp_attention,
+        num_blocks=spec.engine.num_blocks,
+        max_model_len=spec.engine.max_model_len,
+    )
+    return plan(as_it_is).chosen is not None
 
 
 def served_model(model: ModelSettings, spec: ReplicaSpec) -> Model:

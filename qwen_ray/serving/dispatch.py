@@ -7,6 +7,7 @@ no gap and no repetition. Where nobody is ready but somebody will be, requests w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -61,6 +62,7 @@ class Dispatcher:
         self._links = Links(
             find, connect, fingerprint, on_message=self._take, on_change=self._look_round, on_lost=self._lost
         )
+        self._is_ready = asyncio.Event()
         self._journals: dict[str, Journal] = {}  # by the request's id
         self._sent: dict[str, Journal] = {}  # by the id of the attempt that is under way
         self._waiting: dict[str, Journal] = {}  # by the request's id, the first come first
@@ -92,6 +94,10 @@ class Dispatcher:
             return
         said = [f"{link.replica} is {link.trouble or 'of another model'}" for link in self._links]
         raise NotReady(f"No replica can take requests now: {'; '.join(said) or 'none has announced itself'}.")
+
+    async def until_ready(self) -> None:
+        """Until some replica of the model is ready for requests."""
+        await self._is_ready.wait()
 
     def open(self, requests: Sequence[GenerateRequest]) -> Stream:
         """Sends every one of `requests` on its way, or lets it wait where some replica will be ready.
@@ -155,6 +161,8 @@ class Dispatcher:
 
     def _look_round(self) -> None:
         """A replica has said how it is, or time has passed: who can go on elsewhere, who need not wait any more?"""
+        if self._links.usable:
+            self._is_ready.set()
         for link in self._links:
             if link.lets_go:
                 self._relieve(link)

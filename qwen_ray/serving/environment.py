@@ -6,6 +6,8 @@ every process. A KubeRay cluster carries them in its pods.
 
 from __future__ import annotations
 
+KEEP_ALIVE_SECONDS = 20  # that an idle connection of a client is kept
+
 ENVIRONMENT: dict[str, str] = {
     # Nothing leaves the machine.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -13,7 +15,12 @@ ENVIRONMENT: dict[str, str] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # An ingress and a replica each run on one event loop; a second thread would only add a hop to every message.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # Ctrl-C ends within 10 s. Behind a load balancer that deregisters slowly, set it to what that takes.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+    # HAProxy takes a change of the ingresses in by starting anew; the old process goes on with its streams for so long.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # A request whose ingress went away before it said anything goes to another one; replicas forget the first.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # An old HAProxy serves one more request on each connection that it knows, with the ingresses that it knows: those
+    # stay reachable for longer than a connection may idle (KEEP_ALIVE_SECONDS).
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "30",
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "30",
 }

@@ -15,9 +15,10 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from qwen_ray.cluster.channel import Channel, connect, listen
+from qwen_ray.cluster.channel import Channel, Listener, connect, listen
 from qwen_ray.cluster.directory import Directory, Entry
 from qwen_ray.config import ObservabilitySettings, Settings
+from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.audit import AuditLog
 from qwen_ray.serving.dispatch import Dispatcher
@@ -46,20 +47,31 @@ def _audit_log(settings: ObservabilitySettings) -> AuditLog | None:
 
 @serve.ingress()
 class Ingress:
-    async def __init__(self, settings: Settings, model: Model, path: str, app: str, replicas: object) -> None:
-        """`path` is where the tokenizer lies on this node: a directory or a GGUF file. Raises CheckpointError,
+    async def __init__(
+        self, settings: Settings, model: Model, spec: ReplicaSpec, app: str, in_place: bool, replicas: object
+    ) -> None:
+        """The tokenizer lies at `spec.path` on this node: a directory or a GGUF file. Raises CheckpointError,
         and SettingsError for files of keys and audits.
 
-        `replicas` is Serve's handle; it is here so that Serve deploys them, requests take another way.
+        `in_place`: there is no room for a replica beside those there are. `replicas` is Serve's handle; it is here so
+        that Serve deploys them, requests take another way.
         """
         ingress = serve.get_replica_context().replica_id.unique_id
         configure_logs(settings.observability.log_level, f"ingress {ingress}")
         keys = KeyRing(settings.http)
         audit = _audit_log(settings.observability)
-        tokenizer = await asyncio.to_thread(Tokenizer.load, Path(path), settings.models[0].load_format)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, Path(spec.path), settings.models[0].load_format)
         recorder = IngressRecorder(model.name, ingress)
         self._directory = Directory(app)
-        self._dispatcher = Dispatcher(lambda: self._directory.list("replica"), open_channel, recorder.hand_over)
+        self._dispatcher = Dispatcher(
+            lambda: self._directory.list("replica"),
+            open_channel,
+            recorder.hand_over,
+            fingerprint=spec.fingerprint,
+            queue_seconds=settings.http.queue_timeout,
+            max_waiting=settings.engine.max_num_waiting,
+            in_place=in_place,
+        )
         recorder.watch(
             lambda: (self._dispatcher.num_sequences, Counter(status.state for status in self._dispatcher.statuses))
         )
@@ -79,23 +91,31 @@ class Ingress:
             audit=audit,
         )
         await self._dispatcher.start()
+        if await self._directory.list("ingress"):
+            # An update, perhaps to another model: the old one serves until this one can.
+            await self._dispatcher.until_ready()
+        self._listener = await self._announce(ingress, fleet)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service)
+
+    async def _announce(self, ingress: str, fleet: Fleet) -> Listener[Any]:
         secret = secrets.token_bytes(32)
-        self._listener = await listen(ray.util.get_node_ip_address(), secret, fleet.handle, CODEC)
+        listener = await listen(ray.util.get_node_ip_address(), secret, fleet.handle, CODEC)
+        context = ray.get_runtime_context()
         await self._directory.announce(
             Entry(
                 kind="ingress",
                 id=ingress,
-                app=app,
-                address=self._listener.address,
+                app=self._directory.app,
+                address=listener.address,
                 secret=secret,
                 state="ready",
-                actor_id=ray.get_runtime_context().get_actor_id() or "",
-                node_id=ray.get_runtime_context().get_node_id(),
+                actor_id=context.get_actor_id() or "",
+                node_id=context.get_node_id(),
             )
         )
-
-    async def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service)
+        return listener
 
     async def __del__(self) -> None:
         """Serve awaits this when it stops the ingress."""

@@ -30,6 +30,7 @@ from qwen_ray.core import errors
 from qwen_ray.core.errors import QwenRayError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.serving.app import APP, build
+from qwen_ray.serving.environment import KEEP_ALIVE_SECONDS
 from qwen_ray.serving.logs import handler
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def run(settings: Settings) -> None:
     tell("ray", address=ray.get_runtime_context().gcs_address)
     signal.signal(signal.SIGTERM, _stop)  # Ray has put its own in place of ours
     application = build(settings)
-    http = serve.HTTPOptions(host=settings.http.host, port=settings.http.port)
+    http = serve.HTTPOptions(host=settings.http.host, port=settings.http.port, keep_alive_timeout_s=KEEP_ALIVE_SECONDS)
     serve.start(http_options=http)
     tell("serve")
     try:

@@ -63,11 +63,15 @@ class CurrentRanks:
 
 
 class Replica:
-    async def __init__(self, spec: ReplicaSpec, app: str, log_level: str) -> None:
-        """Returns when it can take requests. Raises what the ranks raise (CheckpointError, PlanRefused, …)."""
+    async def __init__(self, spec: ReplicaSpec, app: str, log_level: str, drain_seconds: float) -> None:
+        """`drain_seconds`: for ingresses to take over what it runs when it is stopped, at most.
+
+        Returns when it can take requests. Raises what the ranks raise (CheckpointError, PlanRefused, …)."""
         self._spec = spec
         self._id = serve.get_replica_context().replica_id.unique_id
         configure_logs(log_level, f"replica {self._id}")
+        self._drain_seconds = drain_seconds
+        self._is_draining = False
         self._state: ReplicaState = "loading"
         self._error: str | None = None
         self._stage = "starting"
@@ -110,7 +114,7 @@ class Replica:
         return ReplicaStatus(
             replica=self._id,
             model=self._spec.name,
-            state=self._state,
+            state="draining" if self._is_draining and self._state != "failed" else self._state,
             tp=self._spec.plan.tp,
             pp=self._spec.plan.pp,
             node=ray.util.get_node_ip_address(),
@@ -128,10 +132,15 @@ class Replica:
             ep=self._spec.plan.ep,
             expert_imbalance=self._balancer.imbalance if self._balancer else None,
             num_rebalances=self._balancer.num_rebalances if self._balancer else 0,
+            fingerprint=self._spec.fingerprint,
         )
 
     async def __del__(self) -> None:
-        """Serve awaits this when it stops the replica. The ranks are gone within 5 s."""
+        """Serve awaits this when it stops the replica: ingresses let go of it, and the ranks are gone within 5 s."""
+        self._is_draining = True
+        self._sessions.push(self.status())
+        if getattr(self, "_running", None) is not None:  # it was ready once: there may be something to hand over
+            await self._sessions.until_released(self._drain_seconds)
         await self._close()
 
     async def _close(self) -> None:

@@ -7,6 +7,7 @@ whoever wants them to go on has the journal.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -35,17 +36,21 @@ class Sessions:
         self._answer = answer
         self._channels: set[Channel[Any]] = set()
         self._owners: dict[str, Channel[Any]] = {}
+        self._released = asyncio.Event()
         self._answering: set[asyncio.Task[None]] = set()
 
     async def handle(self, channel: Channel[Any]) -> None:
         """One ingress, from its first message to its last. A Listener's handler."""
         self._channels.add(channel)
+        self._released.clear()
         try:
             channel.send(self._status())
             async for message in channel:
                 self._take(channel, message)
         finally:
             self._channels.discard(channel)
+            if not self._channels:
+                self._released.set()
             orphans = [request_id for request_id, owner in self._owners.items() if owner is channel]
             for request_id in orphans:
                 del self._owners[request_id]
@@ -63,6 +68,13 @@ class Sessions:
             parts.setdefault(channel, []).append(delta)
         for channel, part in parts.items():
             self._send(channel, Deltas(deltas=tuple(part)))
+
+    async def until_released(self, seconds: float) -> None:
+        """Until no ingress needs this replica any more; for so long at most."""
+        if self._channels:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._released.wait()
 
     def push(self, status: ReplicaStatus) -> None:
         for channel in tuple(self._channels):
