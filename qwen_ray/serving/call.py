@@ -71,7 +71,7 @@ class Call:
 
     def too_late(self) -> DeadlineExceeded:
         assert self.deadline is not None
-        return DeadlineExceeded(f"The request's timeout of {self.deadline - self.arrival:g} s has passed.")
+        return DeadlineExceeded(f"The request's timeout of {round(self.deadline - self.arrival, 3):g} s has passed.")
 
     def record(self, status: int | None) -> dict[str, Any]:
         """For the audit log; `status` is None when the client left before an answer began."""

@@ -20,7 +20,7 @@ from qwen_ray.serving.sse import EventStream, event, unless_gone
 from qwen_ray.text.choice import Choice, Piece
 from qwen_ray.text.tokenizer import Tokenizer
 
-MAX_PROMPTS = 1024
+MAX_SEQUENCES = 1024  # of one request
 
 
 async def create(
@@ -31,8 +31,10 @@ async def create(
     if call.keeps_contents:
         call.request = body.prompt
     sampling = _sampling(body)
-    if len(body.prompts()) > MAX_PROMPTS:
-        raise RequestTooLarge(f"prompt holds {len(body.prompts())} prompts; at most {MAX_PROMPTS}.", param="prompt")
+    num_sequences = len(body.prompts()) * sampling.n
+    if num_sequences > MAX_SEQUENCES:
+        message = f"{len(body.prompts())} prompts with n={sampling.n} are {num_sequences}; at most {MAX_SEQUENCES}."
+        raise RequestTooLarge(message, param="prompt", code="too_long")
     prompts = [
         await generator.encode(prompt, add_special_tokens=body.add_special_tokens)
         if isinstance(prompt, str)

@@ -63,7 +63,9 @@ def error_response(error: RequestError) -> JSONResponse:
 
 def from_validation(error: RequestValidationError) -> RequestError:
     """The first thing that pydantic found, with the field's path as the client wrote it."""
-    first = error.errors()[0]
+    found = error.errors()
+    # What a union's other members say of a list that is too long would mislead.
+    first = next((one for one in found if one["type"] == "too_long"), found[0])
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return InvalidRequest(f"The body is not valid JSON: {reason}.", code="invalid_json")

@@ -205,10 +205,13 @@ class Generator:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
         texts = [text for message in messages for key in ("content", "reasoning_content") if (text := message.get(key))]
-        return await _off_loop(encode, sum(map(len, texts)))
+        return await _off_loop(encode, sum(map(len, texts)) + len(messages))
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return await _off_loop(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        return await _off_loop(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids))
 
     def start(
         self,

@@ -147,13 +147,14 @@ class BodyLimit:
             more = len(event.get("body", b""))
             num_bytes += more
             self._num_held += more
-            if num_bytes > self._max_bytes:
+            is_large = num_bytes > self._max_bytes
+            if not is_large and self._num_held <= BODIES_AT_ONCE * self._max_bytes:
+                return event
+            if not is_whole:
                 await _discard(receive)
+            if is_large:
                 raise Refused(RequestTooLarge(message, code="request_too_large"))
-            if self._num_held > BODIES_AT_ONCE * self._max_bytes:
-                await _discard(receive)
-                raise Refused(Overloaded("Too many large bodies at once.", retry_after=DISCARD_SECONDS))
-            return event
+            raise Refused(Overloaded("Too many large bodies at once.", retry_after=DISCARD_SECONDS))
 
         try:
             await self._app(scope, count, send)

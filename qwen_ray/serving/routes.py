@@ -124,9 +124,7 @@ async def detokenize(body: schema.DetokenizeRequest, request: Request) -> answer
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
     service.generator.check_ids("tokens", body.tokens)
-    return answer_schema.DetokenizeAnswer(
-        prompt=service.generator.tokenizer.decode(body.tokens, skip_special_tokens=False)
-    )
+    return answer_schema.DetokenizeAnswer(prompt=await service.generator.decode(body.tokens))
 
 
 @router.get("/health/live")

@@ -8,35 +8,47 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from qwen_ray.core.request import SamplingParams
+from qwen_ray.core.request import MAX_LOGIT_BIAS, SamplingParams
 
 # JSON numbers only: "0.5" and true are mistakes, not numbers. Ranges are SamplingParams' business.
 Number = Annotated[float, Field(strict=True)]
 Count = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
+# Unless it fails fast, every wrong item is an error that is kept: a body of 8 MiB can hold millions.
+TokenIds = Annotated[list[Count], Field(max_length=2**20, fail_fast=True)]
 
 
 MAX_TIMEOUT = 7 * 24 * 3600.0  # seconds
 MAX_DEPTH = 100  # of objects and lists in one another
+MAX_KEYS = 100  # of an object whose keys are known
 MAX_MESSAGES = 2048  # as OpenAI has it, like the number of parts
 MAX_PARTS = 2048
-MAX_LISTED_TOKENS = 2**20  # stop tokens, tokens to be shown as text
 
 
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
+        level = [inner for outer in level for inner in _containers(outer)]
         if not level:
             return False
     return True
+
+
+def _containers(value: dict[str, Any] | list[Any]) -> list[Any]:
+    """Objects and lists right inside; of a million token ids it says quickly that there are none."""
+    items = value.values() if isinstance(value, dict) else value
+    if not {dict, list} & set(map(type, items)):
+        return []
+    return [item for item in items if isinstance(item, dict | list)]
+
+
+def _refuse_many_keys(value: Any) -> Any:
+    """Each unknown one would be an error of its own, kept until all are found."""
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        raise ValueError(f"has more than {MAX_KEYS} fields")
+    return value
 
 
 def _one_or_many(value: Any) -> Any:
@@ -47,6 +59,8 @@ def _token_keys(value: Any) -> Any:
     """JSON has no integer keys: OpenAI's logit_bias is {"50256": -100}."""
     if not isinstance(value, dict):
         return {} if value is None else value
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"must hold at most {MAX_LOGIT_BIAS} entries")
     for key in value:
         if not str(key).isdecimal():
             raise ValueError(f"keys must be token ids, got {key!r}")
@@ -68,6 +82,7 @@ class Request(BaseModel):
             return data
         if _is_deep(data):
             raise ValueError(f"the body has more than {MAX_DEPTH} objects and lists in one another")
+        _refuse_many_keys(data)
         for name, defaults in cls.not_built.items():
             value = data.get(name)
             if value is not None and value not in ([], {}, *defaults):
@@ -83,9 +98,18 @@ class NotBuilt(ValueError):
         self.param = param
 
 
-class StreamOptions(BaseModel):
+class Part(BaseModel):
+    """What a body holds many of."""
+
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_small(cls, data: Any) -> Any:
+        return _refuse_many_keys(data)
+
+
+class StreamOptions(Part):
     include_usage: Flag = False
 
 
@@ -102,9 +126,9 @@ class SamplingFields(Request):
     frequency_penalty: Number | None = None
     logit_bias: Annotated[dict[int, Number], BeforeValidator(_token_keys)] = Field(default_factory=dict)
     seed: Count | None = None
-    stop: Annotated[list[str], BeforeValidator(_one_or_many)] = Field(default_factory=list)
+    stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(_one_or_many)] = Field(default_factory=list)
     include_stop_str_in_output: Flag = False
-    stop_token_ids: list[Count] = Field(default_factory=list)
+    stop_token_ids: TokenIds = Field(default_factory=list)
     ignore_eos: Flag = False
     max_tokens: Count | None = None
     min_tokens: Count = 0
@@ -147,24 +171,20 @@ class SamplingFields(Request):
         )
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(Part):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Part):
     """One message of a conversation. Parts other than text are refused."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    annotations: list[Any] | None = None
+    annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[None, BeforeValidator(lambda value: value or None)] = None
@@ -188,10 +208,13 @@ class Message(BaseModel):
         return {"role": role, "content": text, **extra}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class Conversation(Request):
     """What becomes a prompt through the chat template."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     add_generation_prompt: Flag = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -244,13 +267,24 @@ class ChatRequest(SamplingFields, Conversation):
         return {**self.chat_template_kwargs, **given}
 
 
-def _not_empty(value: Any) -> Any:
-    if value == []:
-        raise ValueError("must not be an empty list")
+def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
+    """By hand: a union tries all of its members, item by item, and keeps what each finds wrong."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists, and not empty")
+    kinds = set(map(type, value))
+    if kinds == {list}:
+        kinds = {list[kind] for prompt in value for kind in set(map(type, prompt))} or {list[int]}
+    if kinds not in ({str}, {int}, {list[int]}):
+        raise ValueError("must hold texts, token ids, or lists of token ids, and one kind of them only")
     return value
 
 
-Prompt = Annotated[str | list[str] | list[Count] | list[list[Count]], AfterValidator(_not_empty)]
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
 
 
 class CompletionRequest(SamplingFields):
@@ -277,7 +311,7 @@ class TokenizeRequest(Request):
     """vLLM's: a prompt, or the messages of a chat."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: Flag = True
     add_generation_prompt: Flag = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -291,4 +325,4 @@ class TokenizeRequest(Request):
 
 
 class DetokenizeRequest(Request):
-    tokens: list[Count] = Field(max_length=MAX_LISTED_TOKENS)
+    tokens: TokenIds

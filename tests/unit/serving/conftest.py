@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +312,22 @@ async def server(tokenizer: OurTokenizer, engine_config: EngineConfig) -> AsyncI
     await server.start(num_replicas=1)
     yield server
     await server.stop()
+
+
+@pytest.fixture
+async def start_server(
+    tokenizer: OurTokenizer, engine_config: EngineConfig
+) -> AsyncIterator[Callable[..., Awaitable[Server]]]:
+    """For servers with settings of their own: the arguments of Server after the first two."""
+    started: list[Server] = []
+
+    async def start(**options: Any) -> Server:
+        started.append(Server(tokenizer, engine_config, **options))
+        return await started[-1].start(num_replicas=1)
+
+    yield start
+    for server in started:
+        await server.stop()
 
 
 @pytest.fixture

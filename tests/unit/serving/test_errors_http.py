@@ -56,7 +56,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (TEXT, {"prompt": []}, 400, "prompt", "invalid_value"),
     (TEXT, {"prompt": [99999]}, 400, "prompt", None),
     (TEXT, {"prompt": {"a": 1}}, 400, "prompt", "invalid_value"),
-    (TEXT, {"prompt": ["x"] * 2000}, 413, "prompt", None),
+    (TEXT, {"prompt": ["x"] * 2000}, 413, "prompt", "too_long"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens", None),
     ("/nowhere", {}, 404, None, "not_found"),
     ("/v1/models", {}, 405, None, "method_not_allowed"),
