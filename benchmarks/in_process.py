@@ -26,10 +26,11 @@ class OneRank:
     """An `engine.executor.Executor` on the caller's thread, where the profiler looks."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
-        self.worker = Worker(spec, 0, Rendezvous(address="", name="benchmark"))
-        self.worker.join()
+        self.worker = Worker(spec, 0)
         self.worker.load()
         self.worker.allocate()
+        self.worker.join(Rendezvous(address="", name="benchmark"))
+        self.worker.warm_up()
 
     async def submit(self, batch: StepBatch) -> StepResult:
         with marked_step():

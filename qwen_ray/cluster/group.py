@@ -1,9 +1,8 @@
 """The ranks of one replica, from placement to the last process gone.
 
-Knows actors, channels and their ends; not what a step computes. A group starts whole or not at all. The first rank
-that fails fails the group (`failure`): steps in flight end with it, at once. The placement, the actors and the
-channels are kept apart by rank, and every meeting has a new name, so that one rank can be replaced while the others
-keep their weights.
+Knows placement, actors, channels and meetings; not what a step computes. A group starts whole or not at all. The first
+rank that fails fails the group (`failure`): steps in flight end with it, at once. Then `repair` replaces the ranks that
+are broken while the others keep their weights, or `stop` ends them all.
 """
 
 from __future__ import annotations
@@ -12,56 +11,49 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from qwen_ray.cluster.actor import WATCH, WORKER, RankActor
 from qwen_ray.cluster.channel import Channel, Listener, listen
 from qwen_ray.cluster.placement import actor_options, place, release
-from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Progress, RankMessage, Released, Stop
+from qwen_ray.cluster.rank_handle import RankHandle
+from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Join, Progress, RankMessage, Stop
+from qwen_ray.cluster.repair import Repair
 from qwen_ray.cluster.wire import ChannelClosed
-from qwen_ray.core.errors import QwenRayError, RankFailed
-from qwen_ray.core.plan import Rendezvous, ReplicaSpec
-from qwen_ray.core.stats import RankStats
+from qwen_ray.core.errors import RankFailed
+from qwen_ray.core.plan import ReplicaSpec
+from qwen_ray.core.stats import RankStats, RepairTimes
 from qwen_ray.core.step import StepResult
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 PLACEMENT_SECONDS = 60.0
 FAREWELL_SECONDS = 2.0  # for ranks to let go in peace; then they are killed
-KILL_SECONDS = 3.0
 STATS_SECONDS = 2.0
 BLAME_SECONDS = 0.1
-
-
-class _Rank:
-    """One rank as its group sees it."""
-
-    def __init__(self, actor: Any, dp_rank: int) -> None:
-        self.actor = actor
-        self.dp_rank = dp_rank
-        self.channel: Channel[RankMessage] | None = None
-        self.progress: Progress | None = None
-        self.connected = asyncio.Event()
-        self.released = asyncio.Event()
-        self.ended = asyncio.Event()
-
-    @property
-    def open_channel(self) -> Channel[RankMessage]:
-        if self.channel is None:
-            raise ChannelClosed("not connected")
-        return self.channel
+WATCH_SECONDS = 0.5  # between two looks at the signs of life
+MAX_MEETINGS = 3  # in one repair
 
 
 class RankGroup:
     """Use `await RankGroup.start(spec)`. `on_result` and `on_failure` belong to the executor that drives the group."""
 
-    def __init__(self, spec: ReplicaSpec, *, worker: str, on_progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        *,
+        worker: str,
+        on_progress: Callable[[int, int], None] | None,
+        placement_seconds: float,
+    ) -> None:
         self.spec = spec
+        self.experts = spec.plan.experts  # where they lay when the ranks started, or were repaired
         self.failure: RankFailed | None = None
         self.on_result: Callable[[StepResult], None] = lambda result: None
         self.on_failure: Callable[[RankFailed], None] = lambda failure: None
@@ -69,9 +61,13 @@ class RankGroup:
         self._worker = worker
         self._secret = secrets.token_bytes(32)
         self._num_meetings = 0
+        self._num_lives = 0
+        self._placement_seconds = placement_seconds
         self._placement: PlacementGroup | None = None
         self._listener: Listener[RankMessage] | None = None
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, RankHandle] = {}
+        self._repair: Repair | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._on_progress = on_progress
         self._is_serving = False
         self._is_stopping = False
@@ -91,9 +87,9 @@ class RankGroup:
         event loop. Raises what a rank raised (CheckpointError, say), RankFailed if one died, PlanRefused if there is
         no place for them; then nothing is left of the group.
         """
-        group = cls(spec, worker=worker, on_progress=on_progress)
+        group = cls(spec, worker=worker, on_progress=on_progress, placement_seconds=placement_seconds)
         try:
-            await group._start(placement_seconds)
+            await group._start()
         except BaseException:
             await group.stop()
             raise
@@ -105,31 +101,65 @@ class RankGroup:
             raise self.failure
         for number, rank in self._ranks.items():
             try:
-                rank.open_channel.write(frames[rank.dp_rank])
+                rank.write(frames[rank.dp_rank])
             except ChannelClosed as error:
-                self._fail(number, str(error))
+                rank.break_(str(error))
                 raise RankFailed(number, str(error)) from error
 
     async def stats(self) -> list[RankStats]:
         """Of every rank that answers within 2 s, by rank; also while steps run, and after a failure."""
-        calls = [asyncio.wait_for(self._call(rank, "stats"), STATS_SECONDS) for rank in self._ranks]
+        calls = [asyncio.wait_for(rank.call("stats"), STATS_SECONDS) for _, rank in sorted(self._ranks.items())]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, RankStats)]
+
+    async def repair(self, patience: float) -> RepairTimes:
+        """After a failure: broken ranks are replaced, all meet anew and forget their sequences.
+
+        `patience` in seconds, for a rank to leave its step. Raises RankFailed, or what loading raises, when there is
+        no use in going on; then the group is to be stopped.
+        """
+        self.failure = self.failure or RankFailed(-1, "the ranks meet anew")  # no step until they have
+        self._is_serving = False
+        self._repair = repair = Repair(self._ranks, self.experts, self._create, self._connect)
+        for _ in range(MAX_MEETINGS):
+            await repair.run(patience)
+            self.experts = repair.experts
+            try:
+                await self._meet(warm_up=False)
+            except RankFailed as failure:
+                logger.warning("%s: %s; once more", self._name, failure)
+                self.failure = failure
+                continue
+            if not any(rank.is_broken for rank in self._ranks.values()):
+                self._repair = self.failure = None
+                return repair.times()
+        raise self.failure
+
+    def blame(self, seconds: float) -> None:
+        """No step has ended for `seconds` although there is one to do: fails the group.
+
+        Broken are the ranks that are in a step and do not wait for others; all, where there is none.
+        """
+        beats = {number: rank.beat for number, rank in self._ranks.items()}
+        guilty = [n for n, beat in beats.items() if beat is not None and beat.step_seconds and not beat.is_waiting]
+        for number in guilty or beats:
+            self._ranks[number].break_(f"no progress for {seconds:.0f} s")
 
     async def stop(self) -> None:
         """Ends every rank and frees its place, within 5 s whatever state they are in. Safe to call twice."""
         self._is_stopping = True
+        if self._watching is not None:
+            self._watching.cancel()
         ranks = list(self._ranks.values())
         if self._is_serving and self.failure is None:  # otherwise some may hang, waiting for the one that failed
             farewell = RANK_CODEC.encode(Stop())
             for rank in ranks:
                 with contextlib.suppress(ChannelClosed):
-                    rank.open_channel.write(farewell)
-            await _wait_all([rank.released for rank in ranks], FAREWELL_SECONDS)
-        for rank in ranks:
-            ray.kill(rank.actor)
-        # The end of a rank's channel is the end of its process.
-        await _wait_all([rank.ended for rank in ranks if rank.connected.is_set()], KILL_SECONDS)
+                    rank.write(farewell)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await asyncio.gather(*(rank.released.wait() for rank in ranks))
+        await asyncio.gather(*(rank.kill() for rank in ranks))
         if self._listener is not None:
             await self._listener.close()
         if self._placement is not None:
@@ -137,82 +167,101 @@ class RankGroup:
             self._placement = None
         self._ranks.clear()
 
-    async def _start(self, placement_seconds: float) -> None:
-        self._placement = await place(self.spec, seconds=placement_seconds)
+    async def _start(self) -> None:
+        self._placement = await place(self.spec, seconds=self._placement_seconds)
         self._listener = await listen(ray.util.get_node_ip_address(), self._secret, self._follow, RANK_CODEC)
-        for number in range(self.spec.plan.world_size):
-            dp_rank = self.spec.plan.shard(self.spec.config, number).dp_rank
-            self._ranks[number] = _Rank(self._create_actor(number, self._placement), dp_rank)
-        meeting_points = await self._call_all("connect", self._listener.address, self._secret)
-        await asyncio.gather(*(rank.connected.wait() for rank in self._ranks.values()))
-        self._num_meetings += 1
-        rendezvous = Rendezvous(address=meeting_points[0], name=f"{self._name}-{self._num_meetings}")
-        await self._call_all("join", rendezvous)
-        await self._call_all("load")
-        await self._call_all("allocate")
-        await self._call_all("serve")
-        self._is_serving = True
+        self._watching = asyncio.create_task(self._watch())
+        ranks = await _all(self._create(number) for number in range(self.spec.plan.world_size))
+        await _all(self._connect(rank) for rank in ranks)
+        await _all(rank.load(None) for rank in ranks)
+        await self._meet(warm_up=True)
 
-    def _create_actor(self, number: int, placement: PlacementGroup) -> Any:
-        options = actor_options(self.spec, placement, number, name=f"{self._name}-rank-{number}")
+    async def _create(self, number: int) -> RankHandle:
+        """A new actor in the place of that rank."""
+        assert self._placement is not None, "placed first"
+        self._num_lives += 1
+        life = self._num_lives
+        options = actor_options(self.spec, self._placement, number, name=f"{self._name}-rank-{number}-{life}")
         as_actor: Any = ray.remote  # its type wants one overload per option
-        return as_actor(concurrency_groups={WATCH: 1}, **options)(RankActor).remote(self.spec, number, self._worker)
+        make = as_actor(concurrency_groups={WATCH: 1}, **options)(RankActor).remote
+        # Ray asks the GCS: in a thread, since that may be on its way back.
+        actor = await asyncio.to_thread(make, self.spec, number, self._worker)
+        dp_rank = self.spec.plan.shard(self.spec.config, number).dp_rank
+        self._ranks[number] = RankHandle(number, dp_rank, life, actor, self._broke)
+        return self._ranks[number]
 
-    async def _call_all(self, method: str, *args: object) -> list[Any]:
-        """The ranks' answers, by rank; the first error at once, without waiting for the others."""
-        return await asyncio.gather(*(self._call(number, method, *args) for number in self._ranks))
-
-    async def _call(self, number: int, method: str, *args: object) -> Any:
+    async def _connect(self, rank: RankHandle) -> None:
+        assert self._listener is not None, "listened first"
         try:
-            return await getattr(self._ranks[number].actor, method).remote(*args)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, QwenRayError):
-                raise cause from None
-            raise RankFailed(number, f"{method}: {type(cause).__name__}: {cause}") from error
-        except RayActorError as error:
-            raise RankFailed(number, f"{method}: {error}") from error
+            async with asyncio.timeout(self._placement_seconds):
+                await rank.call("connect", self._listener.address, self._secret, rank.life)
+                await rank.unless_broken(rank.connected.wait())
+        except TimeoutError:
+            rank.break_(f"it did not start within {self._placement_seconds:.0f} s")
+            raise RankFailed(rank.number, rank.reason) from None
+
+    async def _meet(self, *, warm_up: bool) -> None:
+        self._num_meetings += 1
+        address = await self._ranks[0].call("free_address")
+        join = Join(address=address, name=f"{self._name}-{self._num_meetings}", warm_up=warm_up)
+        await _all(rank.join(join) for rank in self._ranks.values())
+        self._is_serving = True
 
     async def _follow(self, channel: Channel[RankMessage]) -> None:
         """One rank's channel, from its first message to the end of its process."""
         hello = await anext(channel, None)
-        if not isinstance(hello, Hello) or hello.rank not in self._ranks:
+        if not isinstance(hello, Hello):
             return
-        rank = self._ranks[hello.rank]
-        rank.channel = channel
-        rank.connected.set()
-        async for message in channel:
-            match message:
-                case StepResult():
-                    self.on_result(message)
-                case Progress():
-                    rank.progress = message
-                    self._report_progress()
-                case Failed():
-                    # A rank that dies makes its peers raise: give the news of a death time to come first.
-                    asyncio.get_running_loop().call_later(BLAME_SECONDS, self._fail, hello.rank, message.reason)
-                case Released():
-                    rank.released.set()
-                case _:
-                    logger.warning("rank %d sent a %s", hello.rank, type(message).__name__)
-        rank.released.set()
-        rank.ended.set()
-        if not self._is_stopping:
-            self._fail(hello.rank, f"its process ended: {channel.reason}")
+        rank = self._ranks.get(hello.rank)
+        if rank is not None and rank.life == hello.life:
+            await rank.follow(channel, hello, lambda message: self._take(rank, message))
+
+    def _take(self, rank: RankHandle, message: RankMessage) -> None:
+        match message:
+            case StepResult():
+                self.on_result(message)
+            case Progress():
+                self._report_progress()
+            case Failed():
+                # A rank that dies makes its peers raise: give the news of a death time to come first.
+                meeting = self._num_meetings
+                asyncio.get_running_loop().call_later(BLAME_SECONDS, self._fail, rank.number, message.reason, meeting)
+            case _:
+                logger.warning("rank %d sent a %s", rank.number, type(message).__name__)
 
     def _report_progress(self) -> None:
         known = [rank.progress for rank in self._ranks.values() if rank.progress is not None]
         if self._on_progress is not None and len(known) == len(self._ranks):
             self._on_progress(sum(p.done for p in known), sum(p.total for p in known))
 
-    def _fail(self, number: int, reason: str) -> None:
-        if self.failure is None:
+    async def _watch(self) -> None:
+        """Listens for signs of life. Time in which this very process did not run is held against nobody."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for rank in list(self._ranks.values()):
+                if not rank.is_broken:
+                    rank.listen(WATCH_SECONDS)
+
+    def _broke(self, rank: RankHandle) -> None:
+        if self._is_stopping or self._ranks.get(rank.number) is not rank:
+            return
+        if self._repair is not None:
+            self._repair.changed()
+        self._fail(rank.number, rank.reason, self._num_meetings)
+
+    def _fail(self, number: int, reason: str, meeting: int) -> None:
+        if self.failure is None and meeting == self._num_meetings and not self._is_stopping:
             self.failure = RankFailed(number, reason)
             logger.error("%s: %s", self._name, self.failure)
             self.on_failure(self.failure)
 
 
-async def _wait_all(events: list[asyncio.Event], seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await asyncio.gather(*(event.wait() for event in events))
+async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their results; or the first error, and the others are cancelled."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,22 @@ class StepStats:
     schedule_seconds: float
     step_seconds: float  # submit to result, as the engine sees it
     rank_seconds: float  # of that, inside the sampling rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairTimes:
+    """Seconds of each phase of a repair, one after the other; 0 for one that was not needed."""
+
+    noticed: float = 0.0  # since the last step before it
+    killed: float = 0.0  # what was left of the broken ranks
+    started: float = 0.0  # new processes, with libraries
+    loaded: float = 0.0  # their weights
+    joined: float = 0.0  # all ranks
+    first_step: float = 0.0  # after it
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name.replace('_', ' ')} {seconds:.2f} s" for name, seconds in asdict(self).items())
+        return f"{sum(asdict(self).values()):.2f} s: {phases}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,8 @@ REPLICA: tuple[Metric, ...] = (
         "qwen_ray_expert_imbalance", "gauge", "Tokens of the fullest expert rank over those of the mean one, lately."
     ),
     Metric("qwen_ray_expert_rebalances_total", "counter", "Times that experts changed places while serving."),
+    Metric("qwen_ray_rank_repairs_total", "counter", "Times that broken ranks were replaced while the others stayed."),
+    Metric("qwen_ray_repair_seconds", "gauge", "Seconds of each phase of the last repair.", ("phase",)),
     Metric("qwen_ray_replica_restarts_total", "counter", "Times that the ranks were started anew after a failure."),
 )
 

@@ -7,13 +7,14 @@ series when somebody collects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from qwen_ray.core.stats import EngineStats, ExpertLoad, RankStats, RequestTimes, StepStats
+from qwen_ray.core.stats import EngineStats, ExpertLoad, RankStats, RepairTimes, RequestTimes, StepStats
 from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Metric, Owner
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -153,6 +154,8 @@ class ReplicaRecorder:
         self.ranks: Sequence[RankStats] = ()
         self.load_seconds = 0.0
         self.num_restarts = 0
+        self.num_repairs = 0
+        self.repair = RepairTimes()
         self.expert_imbalance = 1.0
         self.num_rebalances = 0
         names = [metric.name for metric in BY_OWNER["replica"] if metric.kind == "histogram"]
@@ -199,6 +202,8 @@ class ReplicaRecorder:
             "qwen_ray_steps_total": engine.steps_total,
             "qwen_ray_load_seconds": self.load_seconds,
             "qwen_ray_replica_restarts_total": self.num_restarts,
+            "qwen_ray_rank_repairs_total": self.num_repairs,
+            "qwen_ray_repair_seconds": {(phase,): seconds for phase, seconds in asdict(self.repair).items()},
             **self._expert_values(),
         }
 

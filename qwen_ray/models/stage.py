@@ -123,6 +123,11 @@ class Stage(nn.Module):
         found = [self._moe(layer) for layer in self.shard.layers]
         return tuple(() if moe is None else moe.experts.tokens() for moe in found)
 
+    def expert_slots(self) -> dict[int, Slots]:
+        """Of each sparse layer here: where its experts lie now."""
+        found = {layer: self._moe(layer) for layer in self.shard.layers}
+        return {layer: moe.experts.map.slots for layer, moe in found.items() if moe is not None}
+
     def _moe(self, layer: int) -> Moe | None:
         mlp = cast(DecoderLayer, self.layers[layer - self.shard.layers.start]).mlp
         return mlp if isinstance(mlp, Moe) else None

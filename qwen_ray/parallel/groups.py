@@ -1,177 +1,165 @@
 """The groups that one rank belongs to: its tensor peers, its stage, and its neighbours in the pipeline.
 
-Knows how ranks find each other and which means of talking they have. Knows no models. Everything is held in `Groups`:
-there is no default process group, so that one process may be a member of several.
+Knows when this rank is connected and when it is not; how ranks find each other is `meeting.py`'s. Knows no models.
+Everything is held in `Groups`: there is no default process group, so that one process may be a member of several.
 """
 
 from __future__ import annotations
 
-import socket
-import time
-from datetime import timedelta
-from typing import cast
+import threading
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from qwen_ray.core.plan import Rendezvous, Shard
-from qwen_ray.parallel.collectives import Alone, Connection, Nccl, NcclPipe, Pipe, TensorGroup
-from qwen_ray.parallel.link import Listener, connect
-from qwen_ray.parallel.mesh import Mesh
-from qwen_ray.parallel.shared_memory import SharedMemory
+from qwen_ray.parallel.board import Wait
+from qwen_ray.parallel.collectives import Alone, TensorGroup
+from qwen_ray.parallel.meeting import Connections, meet
 
-RETRY_SECONDS = 0.05
+MEETING_SECONDS = 60.0
+
+
+class Peers:
+    """A TensorGroup that stays while its connection is replaced: layers may keep it, and its methods.
+
+    Whoever is not connected gets OSError. `is_waiting` says, to any thread, that an operation is under way: this rank
+    then waits for the others, or works for them.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.is_waiting = False
+        self._connection: TensorGroup | None = Alone() if size == 1 else None
+
+    @property
+    def connection(self) -> TensorGroup:
+        if self._connection is None:
+            raise ConnectionError("this rank has not met the others")
+        return self._connection
+
+    def connect(self, connection: TensorGroup | None) -> None:
+        self.is_waiting = False
+        self._connection = Alone() if self.size == 1 else connection
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.is_waiting = True
+        total = self.connection.all_reduce(x)
+        self.is_waiting = False
+        return total
+
+    def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        self.is_waiting = True
+        whole = self.connection.gather(x, sizes)
+        self.is_waiting = False
+        return whole
+
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        self.is_waiting = True
+        rows = self.connection.all_to_all(x, counts)
+        self.is_waiting = False
+        return rows
+
+    def abort(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
 
 
 class Groups:
-    """One rank's connections. Every operation raises an error soon after a peer has died or called `abort`."""
+    """One rank's connections: none at first, then those of the last `join`.
 
-    def __init__(
-        self,
-        tensor: TensorGroup,
-        *,
-        device: torch.device,
-        stage: TensorGroup | None = None,
-        previous: Pipe | None = None,
-        following: Pipe | None = None,
-        store: Store | None = None,
-    ) -> None:
-        """`stage` None: the tensor ranks are all ranks of the stage."""
-        self.tensor = tensor
-        self.stage = stage or tensor
+    Every operation raises an error soon after a peer has died or called `abort`, and until this rank has joined again.
+    `tensor`, `stage` and this object itself stay the same.
+    """
+
+    def __init__(self, shard: Shard, device: torch.device) -> None:
+        self.tensor = Peers(shard.tp_rank, shard.tp_size)
+        self.stage = Peers(shard.stage_rank, shard.stage_size) if shard.dp_size > 1 else self.tensor
+        self._shard = shard
         self._device = device
-        self._previous = previous
-        self._next = following
-        self._store = store  # NCCL comes back to it; and rank 0 serves it to the others
+        self._is_waiting = False  # in the pipeline
+        self._lock = threading.Lock()  # `abort` comes from other threads: it finds what is being made, or what is made
+        self._wait: Wait | None = None
+        self._connections: Connections | None = None
 
-    @classmethod
-    def join(cls, shard: Shard, rendezvous: Rendezvous, device: torch.device, *, timeout: float = 300.0) -> Groups:
-        """Meet the other ranks; every rank of the plan has to call this. Rank 0 serves the store.
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this rank is in an operation with others, seen from any thread. On CUDA, where operations are only
+        put into a queue, this says little."""
+        return self._is_waiting or self.tensor.is_waiting or self.stage.is_waiting
 
-        `timeout` in seconds bounds this and each later operation: a last resort, for peers that hang without dying.
+    def join(self, rendezvous: Rendezvous, *, timeout: float = 300.0) -> None:
+        """Leave what was, and meet the other ranks; every rank of the plan has to call this.
+
+        `timeout` in seconds bounds each later operation: a last resort, for peers that hang without dying. Raises
+        OSError or torch's DistError; then this rank is alone, and may join again.
         """
-        if shard.world_size == 1:
-            return cls(Alone(), device=device)
-        store = _open_store(rendezvous, shard.rank == 0, timeout)
-        meeting = Meeting(shard, store, local_address(*_host_port(rendezvous.address)), device, timeout)
-        previous, following = meeting.pipes()
-        tensor = meeting.tensor_group()
-        stage = meeting.stage_group() if shard.dp_size > 1 else tensor
-        meeting.end()
-        return cls(tensor, device=device, stage=stage, previous=previous, following=following, store=store)
+        self.close()
+        if self._shard.world_size == 1:
+            return
+        with self._lock:
+            self._wait = wait = Wait(min(MEETING_SECONDS, timeout))
+        connections = meet(self._shard, rendezvous, self._device, wait, timeout=timeout)
+        with self._lock:
+            self._wait = None
+            if not wait.is_aborted:
+                self._connections = connections
+        if self._connections is None:
+            _close(connections)
+            raise ConnectionAbortedError("the meeting of the ranks was aborted")
+        self.tensor.connect(connections.tensor)
+        if connections.stage is not None:
+            self.stage.connect(connections.stage)
 
     def send(self, x: torch.Tensor) -> None:
         """Send x to the next stage; may return before it has arrived. Empty: nothing to do, both ends know the size."""
-        assert self._next is not None, "the last stage sends to nobody"
         if x.numel():
-            self._next.send(x)
+            self._is_waiting = True
+            following = self._joined().following
+            assert following is not None, "the last stage sends to nobody"
+            following.send(x)
+            self._is_waiting = False
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """What the previous stage sent next."""
-        assert self._previous is not None, "the first stage receives from nobody"
         x = torch.empty(shape, dtype=dtype, device=self._device)
-        return self._previous.receive(x) if x.numel() else x
+        if x.numel():
+            self._is_waiting = True
+            previous = self._joined().previous
+            assert previous is not None, "the first stage receives from nobody"
+            x = previous.receive(x)
+            self._is_waiting = False
+        return x
 
     def abort(self) -> None:
-        """Make every operation raise, also one that waits, here and on the peers. From any thread, and for good."""
-        for part in self._parts():
-            part.abort()
+        """Make every operation raise, also one that waits, here and on the peers, until the next `join`; one that is
+        under way too. From any thread."""
+        with self._lock:
+            if self._wait is not None:
+                self._wait.abort()
+            for part in self._connections.parts if self._connections else ():
+                part.abort()
 
     def close(self) -> None:
-        for part in self._parts():
-            part.close()
-        self._store = None
+        """Leave: peers that still want something of this rank fail."""
+        with self._lock:
+            connections, self._connections = self._connections, None
+        self.tensor.connect(None)
+        self.stage.connect(None)
+        self._is_waiting = False
+        if connections is not None:
+            _close(connections)
 
-    def _parts(self) -> list[TensorGroup | Pipe]:
-        stage = None if self.stage is self.tensor else self.stage
-        return [part for part in (self.tensor, stage, self._previous, self._next) if part is not None]
-
-
-class Meeting:
-    """The ranks of one replica getting to know each other, seen from one of them."""
-
-    def __init__(self, shard: Shard, store: Store, address: str, device: torch.device, timeout: float) -> None:
-        """`address`: where peers can reach this rank."""
-        self._shard = shard
-        self._store = store
-        self._address = address
-        self._device = device
-        self._timeout = timeout
-
-    def tensor_group(self) -> TensorGroup:
-        """Of this rank's dp rank."""
-        shard = self._shard
-        return self._group(f"stage{shard.stage}dp{shard.dp_rank}", shard.tp_rank, shard.tp_size)
-
-    def stage_group(self) -> TensorGroup:
-        """Of all dp ranks."""
-        return self._group(f"stage{self._shard.stage}", self._shard.stage_rank, self._shard.stage_size)
-
-    def _group(self, name: str, rank: int, size: int) -> TensorGroup:
-        """NCCL between CUDA devices; on CPU shared memory, or TCP where there is none to share."""
-        if size == 1:
-            return Alone()
-        store = PrefixStore(name, self._store)
-        if self._device.type == "cuda":
-            return Nccl(self._nccl(store, rank, size))
-        shared = SharedMemory.join(store, rank, size, timeout=self._timeout)
-        return shared or Mesh.join(store, rank, size, self._address, self._timeout)
-
-    def pipes(self) -> tuple[Pipe | None, Pipe | None]:
-        """From the previous stage, and to the next."""
-        receives, sends = not self._shard.is_first, not self._shard.is_last
-        incoming, outgoing = f"to{self._shard.rank}", f"to{self._shard.next_rank}"
-        if self._device.type == "cuda":
-            # Stage by stage, so that both ends of a pair are made at the same time.
-            previous = NcclPipe(self._nccl(PrefixStore(incoming, self._store), 1, 2)) if receives else None
-            following = NcclPipe(self._nccl(PrefixStore(outgoing, self._store), 0, 2)) if sends else None
-            return previous, following
-        listener = Listener(self._store, incoming, self._address) if receives else None
-        following = connect(self._store, outgoing, self._timeout) if sends else None
-        return listener.accept(self._timeout) if listener else None, following
-
-    def end(self) -> None:
-        """Rank 0 stays until all others need its store no more: it may be closed right after."""
-        self._store.set(f"joined{self._shard.rank}", "yes")
-        if self._shard.rank == 0:
-            self._store.wait([f"joined{rank}" for rank in range(self._shard.world_size)])
-
-    def _nccl(self, store: Store, rank: int, size: int) -> Connection:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=self._timeout)
-        return cast(Connection, dist.ProcessGroupNCCL(store, rank, size, options))
+    def _joined(self) -> Connections:
+        if self._connections is None:
+            raise ConnectionError("this rank has not met the others")
+        return self._connections
 
 
-def _host_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _open_store(rendezvous: Rendezvous, is_server: bool, timeout: float) -> Store:
-    """The store of this very group: at its address, that of the group before it may still be on its way out."""
-    host, port = _host_port(rendezvous.address)
-    deadline = time.monotonic() + timeout
-    while True:
-        left = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
-        try:
-            server = TCPStore(host, port, is_master=is_server, timeout=left, wait_for_workers=False)
-            store = PrefixStore(rendezvous.name, server)
-            if is_server:
-                store.set("open", "yes")
-            store.get("open")
-        except dist.DistError:
-            if is_server or time.monotonic() > deadline:
-                raise
-            time.sleep(RETRY_SECONDS)
-        else:
-            server.set_timeout(timedelta(seconds=timeout))
-            return store
-
-
-def local_address(host: str, port: int) -> str:
-    """This node's address on the network that leads to `host`; loopback if host is."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return probe.getsockname()[0]
+def _close(connections: Connections) -> None:
+    for part in connections.parts:
+        part.close()

@@ -13,10 +13,11 @@ import socket
 from collections.abc import Sequence
 
 import torch
-from torch._C._distributed_c10d import Store
 
+from qwen_ray.parallel.board import Board
 from qwen_ray.parallel.collectives import bytes_of
 
+CONNECT_SECONDS = 10.0
 TOKEN_BYTES = 16
 GOODBYE = b"."
 
@@ -86,29 +87,37 @@ def wait_for_loss(links: Sequence[Link]) -> bool:
 
 
 class Listener:
-    """The end that waits for its peer; `store` tells the peer where."""
+    """The end that waits for its peer; `board` tells the peer where."""
 
-    def __init__(self, store: Store, name: str, address: str) -> None:
+    def __init__(self, board: Board, name: str, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.create_server((address, 0), family=family, backlog=1)
+        self._socket.setblocking(False)
         self._token = secrets.token_bytes(TOKEN_BYTES)
-        store.set(name, f"{address} {self._socket.getsockname()[1]} {self._token.hex()}")
+        self._wait = board.wait
+        board.set(name, f"{address} {self._socket.getsockname()[1]} {self._token.hex()}")
 
     def accept(self, timeout: float) -> Link:
-        """Raises TimeoutError."""
+        """The link, whose operations `timeout` bounds. Raises what `Wait.pause` raises."""
         with self._socket:
-            self._socket.settimeout(timeout)
             while True:
-                connection, _ = self._socket.accept()
-                connection.settimeout(timeout)
+                try:
+                    connection, _ = self._socket.accept()
+                except BlockingIOError:
+                    self._wait.pause()
+                    continue
+                connection.settimeout(CONNECT_SECONDS)
                 if connection.recv(TOKEN_BYTES, socket.MSG_WAITALL) == self._token:
                     return Link(connection, timeout)
                 connection.close()
 
+    def close(self) -> None:
+        self._socket.close()
 
-def connect(store: Store, name: str, timeout: float) -> Link:
+
+def connect(board: Board, name: str, timeout: float) -> Link:
     """The end that goes to its peer's `Listener` of the same name."""
-    address, port, token = store.get(name).decode().split()
-    connection = socket.create_connection((address, int(port)), timeout)
+    address, port, token = board.get(name).decode().split()
+    connection = socket.create_connection((address, int(port)), CONNECT_SECONDS)
     connection.sendall(bytes.fromhex(token))
     return Link(connection, timeout)

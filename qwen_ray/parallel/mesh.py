@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
-from torch._C._distributed_c10d import Store
 
+from qwen_ray.parallel.board import Board
 from qwen_ray.parallel.link import Link, Listener, connect, wait_for_loss
 
 
@@ -30,10 +31,12 @@ class Mesh:
         self._watch.start()
 
     @classmethod
-    def join(cls, store: Store, rank: int, size: int, address: str, timeout: float) -> Mesh:
-        """Meet the other ranks through `store`; `address` is where they reach this one."""
-        links = link_all(store, "link", rank, size, address, timeout)
-        alarms = link_all(store, "alarm", rank, size, address, timeout)
+    def join(cls, board: Board, rank: int, size: int, address: str, timeout: float) -> Mesh:
+        """Meet the other ranks through `board`; `address` is where they reach this one."""
+        with ExitStack() as opened:
+            links = link_all(board, "link", rank, size, address, timeout, opened)
+            alarms = link_all(board, "alarm", rank, size, address, timeout, opened)
+            opened.pop_all()
         return cls(rank, links, list(alarms.values()))
 
     def _abort_on_loss(self) -> None:
@@ -107,8 +110,17 @@ class Mesh:
             link.close()
 
 
-def link_all(store: Store, name: str, rank: int, size: int, address: str, timeout: float) -> dict[int, Link]:
-    """A link to every other rank, by rank."""
-    listeners = {peer: Listener(store, f"{name}{rank}-{peer}", address) for peer in range(rank + 1, size)}
-    links = {peer: connect(store, f"{name}{peer}-{rank}", timeout) for peer in range(rank)}
-    return links | {peer: listener.accept(timeout) for peer, listener in listeners.items()}
+def link_all(
+    board: Board, name: str, rank: int, size: int, address: str, timeout: float, opened: ExitStack
+) -> dict[int, Link]:
+    """A link to every other rank, by rank. `opened` closes those that there are, should one fail."""
+
+    def keep(link: Link) -> Link:
+        opened.callback(link.close)
+        return link
+
+    listeners = {peer: Listener(board, f"{name}{rank}-{peer}", address) for peer in range(rank + 1, size)}
+    for listener in listeners.values():
+        opened.callback(listener.close)
+    links = {peer: keep(connect(board, f"{name}{peer}-{rank}", timeout)) for peer in range(rank)}
+    return links | {peer: keep(listener.accept(timeout)) for peer, listener in listeners.items()}

@@ -23,11 +23,12 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch._C._distributed_c10d import Store
 
 from qwen_ray.core.plan import Span
+from qwen_ray.parallel.board import Board
 from qwen_ray.parallel.collectives import bytes_of
 
 CAPACITY = 512 * 1024  # bytes of a slot's half: two slots fit a core's cache
@@ -64,26 +65,27 @@ class SharedMemory:
 
     @classmethod
     def join(
-        cls, store: Store, rank: int, size: int, *, timeout: float, capacity: int = CAPACITY
+        cls, board: Board, rank: int, size: int, *, timeout: float, capacity: int = CAPACITY
     ) -> SharedMemory | None:
-        """Meet the other ranks through `store`. None, on all of them, where they cannot share memory."""
-        own: SharedMemory | None = None
-        if rank == 0:
-            nonce = secrets.token_bytes(NONCE_BYTES)
-            fd = os.memfd_create("qwen-ray")
-            os.ftruncate(fd, segment_bytes(size, capacity))
-            os.pwrite(fd, nonce, 0)
-            store.set("segment", f"{os.getpid()} {fd} {nonce.hex()}")
-        else:
-            pid, number, nonce = store.get("segment").decode().split()
-            fd = _open(f"/proc/{pid}/fd/{number}", bytes.fromhex(nonce))
-        if fd is not None and sys.platform == "linux" and platform.machine() == "x86_64":
-            own = cls(fd, rank, size, timeout=timeout, capacity=capacity)
-        store.set(f"attached{rank}", "no" if own is None else "yes")
-        if all(store.get(f"attached{peer}") == b"yes" for peer in range(size)):
-            return own
-        if own is not None:
-            own.close()
+        """Meet the other ranks through `board`. None, on all of them, where they cannot share memory."""
+        with ExitStack() as opened:
+            own: SharedMemory | None = None
+            if rank == 0:
+                nonce = secrets.token_bytes(NONCE_BYTES)
+                fd = os.memfd_create("qwen-ray")
+                os.ftruncate(fd, segment_bytes(size, capacity))
+                os.pwrite(fd, nonce, 0)
+                board.set("segment", f"{os.getpid()} {fd} {nonce.hex()}")
+            else:
+                pid, number, nonce = board.get("segment").decode().split()
+                fd = _open(f"/proc/{pid}/fd/{number}", bytes.fromhex(nonce))
+            if fd is not None and sys.platform == "linux" and platform.machine() == "x86_64":
+                own = cls(fd, rank, size, timeout=timeout, capacity=capacity)
+                opened.callback(own.close)
+            board.set(f"attached{rank}", "no" if own is None else "yes")
+            if all(board.get(f"attached{peer}") == b"yes" for peer in range(size)):
+                opened.pop_all()
+                return own
         return None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

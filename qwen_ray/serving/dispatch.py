@@ -137,7 +137,7 @@ class Dispatcher:
 
     def _send(self, journal: Journal) -> None:
         """To the least loaded replica that takes it; without one, it waits for `_serve_waiting`."""
-        for link in sorted(self._takers, key=Link.load):
+        for link in sorted(self._takers, key=lambda link: (link.is_repairing, *link.load())):
             if link.is_full and journal.has_been_accepted:
                 continue
             if journal.is_suspect and self._has_suspect(link):

@@ -64,6 +64,11 @@ class Link:
         return self.status is not None and self.status.state == "draining"
 
     @property
+    def is_repairing(self) -> bool:
+        """It takes requests, and will run them some seconds later than others would."""
+        return self.status is not None and self.status.state == "repairing"
+
+    @property
     def lets_go(self) -> bool:
         """What runs there is better carried on elsewhere."""
         return self.status is not None and self.status.lets_go

@@ -40,11 +40,12 @@ class ReplicaStatus:
     pid: int
     started: float  # seconds since the epoch
     load_seconds: float = 0.0
-    num_restarts: int = 0
+    num_restarts: int = 0  # of all ranks
+    num_repairs: int = 0  # of some, while the others stayed
     error: str | None = None
     engine: EngineStats | None = None
     stalled_seconds: float = 0.0  # with work and no step for longer than it is patient; 0 when all is well
-    stage: str = ""  # of loading: starting, reading weights, warming up
+    stage: str = ""  # starting, reading weights, warming up, ready, repairing
     bytes_done: int = 0  # of all ranks' weights
     bytes_total: int = 0  # 0 while unknown
     dp_attention: int = 1
@@ -55,8 +56,9 @@ class ReplicaStatus:
 
     @property
     def trouble(self) -> str | None:
-        """Why it cannot take requests; None if it can. Alive means making progress."""
-        if self.state != "ready":
+        """Why it cannot take requests; None if it can. Alive means making progress. What comes during a repair waits
+        in its queue for some seconds; only a long one is trouble."""
+        if self.state not in ("ready", "repairing"):
             return self.error or self.state
         if self.stalled_seconds:
             return f"without progress for {self.stalled_seconds:.0f} s"

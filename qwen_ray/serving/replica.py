@@ -1,8 +1,8 @@
 """The `Replica` deployment: one engine, its group of ranks, and the listener that ingresses connect to.
 
 No request passes through Serve's handles: Serve starts it, judges its health and counts its replicas. It announces
-itself before it loads, so that ingresses can tell how far it is. When a rank fails, the group is started anew, and the
-engine, which keeps every sequence as `prompt + tokens so far`, goes on.
+itself before it loads, so that ingresses can tell how far it is. When a rank fails it is replaced (`ranks.py`), and the
+engine, which keeps every sequence as `prompt + tokens so far`, goes on; what comes meanwhile waits in its queue.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import time
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,13 +19,10 @@ from ray import serve
 
 from qwen_ray.cluster.channel import Listener, listen
 from qwen_ray.cluster.directory import Directory, Entry
-from qwen_ray.cluster.executor import RayExecutor
-from qwen_ray.cluster.group import RankGroup
 from qwen_ray.core.errors import RankFailed
 from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.core.request import GenerateRequest
 from qwen_ray.core.stats import RankStats, StepStats
-from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import ReplicaRecorder
@@ -34,32 +30,15 @@ from qwen_ray.serving.autoscaling import autoscaling_stats
 from qwen_ray.serving.expert_balancer import ExpertBalancer
 from qwen_ray.serving.logs import configure_logs
 from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
-from qwen_ray.serving.patience import Patience
+from qwen_ray.serving.ranks import Ranks
 from qwen_ray.serving.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
 PUSH_SECONDS = 0.25
-PLACEMENT_SECONDS = 600.0  # a cluster that scales with its load may have to start a machine first
-MAX_FRUITLESS_STARTS = 3  # of the ranks, without a step in between; then the replica gives up, and Serve replaces it
-
-
-class CurrentRanks:
-    """The engine's executor: whichever group runs now."""
-
-    def __init__(self) -> None:
-        self.executor: RayExecutor | None = None
-
-    def submit(self, batch: StepBatch) -> asyncio.Future[StepResult]:
-        return self._running().submit(batch)
-
-    def move_experts(self, move: MoveExperts) -> None:
-        self._running().move_experts(move)
-
-    def _running(self) -> RayExecutor:
-        if self.executor is None:
-            raise RankFailed(-1, "no ranks are running")
-        return self.executor
+# A repair takes seconds: requests wait for it, and nobody need be told. One that takes longer counts as trouble; with
+# the time that it takes to tell, before 10 s are over.
+QUIET_REPAIR_SECONDS = 9.0
 
 
 class Replica:
@@ -74,15 +53,11 @@ class Replica:
         self._is_draining = False
         self._state: ReplicaState = "loading"
         self._error: str | None = None
-        self._stage = "starting"
-        self._bytes = (0, 0)
         self._started = time.time()
-        self._num_fruitless = 0
-        self._patience = Patience()
         self._recorder = ReplicaRecorder(spec.name, self._id)
-        self._ranks = CurrentRanks()
-        self._group: RankGroup | None = None
         self._balancer = ExpertBalancer(spec.plan, interval=spec.eplb_interval) if spec.plan.experts else None
+        self._ranks = Ranks(spec, self._balancer)
+        self._repairing: float | None = None  # monotonic, since when
         self._sessions = Sessions(
             self._add, lambda request_id: self._engine.abort(request_id), self.status, self._answer
         )
@@ -91,10 +66,11 @@ class Replica:
         self._listener = await self._announce()
         self._pushing = asyncio.create_task(self._push())
         try:
-            await self._start_ranks()
+            await self._ranks.start()
         except BaseException:
             await self._close()
             raise
+        self._be_ready()
         self._running = asyncio.create_task(self._run())
         if self._balancer is not None:
             self._balancing = asyncio.create_task(self._balancer.run(self._rank_stats, self._ranks.move_experts))
@@ -103,14 +79,13 @@ class Replica:
         """Raises when there is no hope: Serve then replaces this replica, and ingresses hand over."""
         if self._state == "failed":
             raise RuntimeError(self._error)
-        if self._state == "ready" and self._engine.stalled_seconds > 2 * self._patience.seconds:
-            raise RuntimeError(f"no progress for {self._engine.stalled_seconds:.0f} s with work to do")
+        if self._state == "ready" and self._ranks.stalled_seconds > 2 * self._ranks.patience.seconds:
+            raise RuntimeError(f"no progress for {self._ranks.stalled_seconds:.0f} s with work to do")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return autoscaling_stats(self._engine.stats(), self._spec.engine)
 
     def status(self) -> ReplicaStatus:
-        stalled = self._engine.stalled_seconds if self._state == "ready" else 0.0
         return ReplicaStatus(
             replica=self._id,
             model=self._spec.name,
@@ -120,14 +95,15 @@ class Replica:
             node=ray.util.get_node_ip_address(),
             pid=os.getpid(),
             started=self._started,
-            load_seconds=self._recorder.load_seconds,
-            num_restarts=self._recorder.num_restarts,
+            load_seconds=self._ranks.load_seconds,
+            num_restarts=self._ranks.num_restarts,
+            num_repairs=self._ranks.num_repairs,
             error=self._error,
             engine=self._engine.stats(),
-            stalled_seconds=stalled if stalled > self._patience.seconds else 0.0,
-            stage=self._stage,
-            bytes_done=self._bytes[0],
-            bytes_total=self._bytes[1],
+            stalled_seconds=self._stalled_seconds(),
+            stage=self._ranks.stage,
+            bytes_done=self._ranks.bytes[0],
+            bytes_total=self._ranks.bytes[1],
             dp_attention=self._spec.plan.dp_attention,
             ep=self._spec.plan.ep,
             expert_imbalance=self._balancer.imbalance if self._balancer else None,
@@ -150,9 +126,7 @@ class Replica:
                 task.cancel()
         await self._directory.withdraw()
         await self._listener.close()
-        group, self._group = self._group, None
-        if group is not None:
-            await group.stop()
+        await self._ranks.stop()
 
     async def _announce(self) -> Listener[Any]:
         secret = secrets.token_bytes(32)
@@ -172,47 +146,16 @@ class Replica:
         )
         return listener
 
-    async def _start_once(self) -> None:
-        started = time.monotonic()
-        self._set_state("loading")
-        self._stage, self._bytes = "starting", (0, 0)
-        spec = self._spec
-        if self._balancer is not None:
-            spec = replace(spec, plan=replace(spec.plan, experts=self._balancer.placement))
-        self._group = await RankGroup.start(spec, on_progress=self._on_progress, placement_seconds=PLACEMENT_SECONDS)
-        self._ranks.executor = RayExecutor(self._group)
-        self._recorder.load_seconds = time.monotonic() - started
-        self._stage = "ready"
-        self._set_state("ready")
-        logger.info("%s is ready after %.1f s", self._id, self._recorder.load_seconds)
-
-    async def _start_ranks(self) -> None:
-        """Raises RankFailed when they have failed too often without a step in between; other errors at once."""
-        while True:
-            try:
-                await self._start_once()
-                return
-            except RankFailed as failure:
-                self._num_fruitless += 1
-                if self._num_fruitless >= MAX_FRUITLESS_STARTS:
-                    raise
-                logger.error("%s: %s; once more", self._id, failure)
-
     async def _run(self) -> None:
-        """The engine, and after a failure new ranks for it, until there is no hope."""
+        """The engine, and after a failure ranks that work again, until there is no hope."""
         try:
             while True:
                 try:
                     await self._engine.run()
                     return
                 except RankFailed as failure:
-                    logger.error("%s: %s; starting the ranks anew", self._id, failure)
-                    self._num_fruitless += 1
-                    if self._num_fruitless >= MAX_FRUITLESS_STARTS:
-                        raise
-                await self._stop_ranks()
-                self._recorder.num_restarts += 1
-                await self._start_ranks()
+                    logger.error("%s: %s", self._id, failure)
+                    await self._recover(failure)
         except Exception as error:
             logger.exception("%s gives up", self._id)
             self._error = f"has failed: {error}"
@@ -220,12 +163,24 @@ class Replica:
             # Channels close, so that ingresses hand over at once; check_health tells Serve.
             self._closing = asyncio.create_task(self._close())
 
-    async def _stop_ranks(self) -> None:
-        self._set_state("loading")
-        self._ranks.executor = None
-        group, self._group = self._group, None
-        if group is not None:
-            await group.stop()
+    async def _recover(self, failure: RankFailed) -> None:
+        self._repairing = time.monotonic()
+        self._set_state("repairing")
+        await self._ranks.recover(failure, lambda: self._set_state("loading"))
+        self._be_ready()
+
+    def _be_ready(self) -> None:
+        self._repairing = None
+        self._set_state("ready")
+        logger.info("%s is ready; the ranks started within %.1f s", self._id, self._ranks.load_seconds)
+
+    def _stalled_seconds(self) -> float:
+        """How long there has been no progress; 0 while that is nothing to worry about."""
+        stalled = self._ranks.stalled_seconds
+        if self._repairing is None:
+            return stalled if self._state == "ready" and stalled > self._ranks.patience.seconds else 0.0
+        stalled = max(stalled, time.monotonic() - self._repairing)
+        return stalled if stalled > QUIET_REPAIR_SECONDS else 0.0
 
     def _set_state(self, state: ReplicaState) -> None:
         self._state = state
@@ -234,13 +189,8 @@ class Replica:
     def _add(self, request: GenerateRequest) -> None:
         self._engine.add(request)
 
-    def _on_progress(self, done: int, total: int) -> None:
-        self._bytes = (done, total)
-        self._stage = "reading weights" if done < total else "warming up"
-
     def _on_step(self, stats: StepStats) -> None:
-        self._num_fruitless = 0
-        self._patience.learn(stats.step_seconds)
+        self._ranks.step_done(stats)
         self._recorder.step(stats)
 
     async def _push(self) -> None:
@@ -249,6 +199,7 @@ class Replica:
         age = 0.0
         while True:
             await asyncio.sleep(PUSH_SECONDS)
+            self._ranks.look(PUSH_SECONDS, self._engine.stats())
             status = self.status()
             age += PUSH_SECONDS
             if status != last or age >= 2.0:
@@ -260,6 +211,10 @@ class Replica:
         if ask.what == "metrics":
             self._recorder.engine = self._engine.stats()
             self._recorder.ranks = ranks
+            self._recorder.load_seconds = self._ranks.load_seconds
+            self._recorder.num_restarts = self._ranks.num_restarts
+            self._recorder.num_repairs = self._ranks.num_repairs
+            self._recorder.repair = self._ranks.repair_times
             if self._balancer is not None:
                 self._recorder.expert_imbalance = self._balancer.imbalance
                 self._recorder.num_rebalances = self._balancer.num_rebalances
@@ -267,6 +222,5 @@ class Replica:
         return Answer(ask_id=ask.ask_id, status=self.status(), ranks=ranks)
 
     async def _rank_stats(self) -> tuple[RankStats, ...]:
-        """Of the ranks that answer, by rank; none while they start."""
-        group = self._group
-        return tuple(await group.stats()) if group is not None and self._state == "ready" else ()
+        """Of the ranks that answer; none while they start, or some are replaced."""
+        return await self._ranks.stats() if self._state == "ready" else ()

@@ -29,7 +29,7 @@ class LocalExecutor:
                 f"A plan of {world_size} ranks needs a cluster; in one process there is one rank.",
                 inequality=f"{degrees} = {world_size} ranks > 1 rank in one process",
             )
-        self._worker = Worker(spec, 0, Rendezvous(address="", name="local"))
+        self._worker = Worker(spec, 0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rank-0")
         try:
             self._thread.submit(self._start, on_progress).result()
@@ -49,9 +49,10 @@ class LocalExecutor:
         self._worker.close()
 
     def _start(self, on_progress: Callable[[int, int], None]) -> None:
-        self._worker.join()
         self._worker.load(on_progress)
         self._worker.allocate()
+        self._worker.join(Rendezvous(address="", name="local"))
+        self._worker.warm_up()
 
     def _execute(self, batch: StepBatch) -> StepResult:
         try:

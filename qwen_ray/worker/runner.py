@@ -47,6 +47,10 @@ class Runner:
             prompt_logprobs=tuple(prompts),
         )
 
+    def forget(self) -> None:
+        """All sequences: those who told of them will tell anew."""
+        self._sequences = SequenceTable()
+
     def expert_tokens(self) -> tuple[tuple[int, ...], ...]:
         """As `RankStats.expert_tokens`; from any thread."""
         counts = zip(self._model.expert_tokens(), self._expert_tokens, strict=True)

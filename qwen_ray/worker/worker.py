@@ -1,8 +1,9 @@
 """One rank: its shard of the model, its KV cache, its part of every step, and its figures.
 
 Knows its `ReplicaSpec` and its number. Does not know what carries steps to it: `local.py` calls it in process, the
-cluster's actors over the network. `join`, `load`, `allocate`, then `execute` for each step and `move_experts` between
-steps, then `close`; all ranks of a group go through these together. Not thread-safe, `abort` and `stats` excepted.
+cluster's actors over the network. `load` and `allocate`, each rank for itself; then, all ranks of a group together,
+`join`, `warm_up`, and `execute` for each step with `move_experts` between steps; `close`. After a failure of another
+rank, `join` again: weights and KV memory stay. Not thread-safe, `abort`, `stats` and `is_waiting` excepted.
 """
 
 from __future__ import annotations
@@ -40,13 +41,12 @@ logger = logging.getLogger(__name__)
 class Worker:
     """See the module. `stats()` is valid at any time, from any thread."""
 
-    def __init__(self, spec: ReplicaSpec, rank: int, rendezvous: Rendezvous) -> None:
+    def __init__(self, spec: ReplicaSpec, rank: int) -> None:
         self.shard = spec.plan.shard(spec.config, rank)
         self._spec = spec
-        self._rendezvous = rendezvous
         self._device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device(spec.device)
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._groups: Groups | None = None
+        self._groups = Groups(self.shard, self._device)
         self._model: Stage | None = None
         self._runner: Runner | None = None
         self._thread: int | None = None
@@ -63,16 +63,11 @@ class Worker:
             device=spec.device,
         )
 
-    def join(self) -> None:
-        """Meet the other ranks of the group."""
-        self._groups = Groups.join(self.shard, self._rendezvous, self._device)
-
     def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Build this rank's part of the model and fill it; `on_progress` hears (bytes done, bytes in all).
 
         Holds at most the shard and one tensor. Raises CheckpointError.
         """
-        assert self._groups is not None, "join first"
         self._use_threads()
         started = time.perf_counter()
         spec = self._spec
@@ -104,13 +99,8 @@ class Worker:
         logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
 
     def allocate(self) -> None:
-        """Make the KV cache, then run a first step: what cannot fit fails now, not under load.
-
-        On a GPU it is the largest step there can be. On a CPU, where that would take long and the memory goes back to
-        the system anyway, it is a small one: libraries set themselves up. Every dp rank takes the same one.
-        """
+        """Make the KV cache."""
         assert self._model is not None, "load first"
-        self._use_threads()
         engine = self._spec.engine
         kv_bytes = kv_cache.allocate(
             self._model.attentions,
@@ -120,6 +110,23 @@ class Worker:
             device=self._device,
         )
         self._stats = replace(self._stats, kv_bytes=kv_bytes)
+        self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
+
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Meet the other ranks of the group, and forget all sequences. May be done again. Raises as `Groups.join`."""
+        assert self._runner is not None, "allocate first"
+        self._groups.join(rendezvous)
+        self._runner.forget()
+
+    def warm_up(self) -> None:
+        """Run a first step: what cannot fit fails now, not under load.
+
+        On a GPU it is the largest step there can be. On a CPU, where that would take long and the memory goes back to
+        the system anyway, it is a small one: libraries set themselves up. Every dp rank takes the same one.
+        """
+        assert self._model is not None, "load first"
+        self._use_threads()
+        engine = self._spec.engine
         most = engine.max_num_batched_tokens if self._device.type == "cuda" else CPU_WARM_UP_TOKENS
         Runner(self._model, block_size=engine.block_size, device=self._device).run(first_step(engine, most))
         give_back_memory()
@@ -152,18 +159,28 @@ class Worker:
         expert_tokens = () if runner is None else runner.expert_tokens()
         return replace(self._stats, expert_tokens=expert_tokens, memory_bytes=memory_bytes(self._device))
 
+    def expert_slots(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+        """Where the experts of this rank's sparse layers lie, as `ExpertPlacement.slots` says it, by layer."""
+        return {} if self._model is None else self._model.expert_slots()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this rank is in an operation with others; see `Groups.is_waiting`."""
+        return self._groups.is_waiting
+
+    def survives(self, error: Exception) -> bool:
+        """Whether weights and KV memory are as they were after `error`. A process loses its CUDA device for good."""
+        return not isinstance(error, torch.AcceleratorError) and "CUDA error" not in str(error)
+
     def abort(self) -> None:
-        """Make a step that waits for its peers raise. From any thread."""
-        if self._groups is not None:
-            self._groups.abort()
+        """Make a step, or a `join`, that waits for its peers raise. From any thread."""
+        self._groups.abort()
 
     def close(self) -> None:
         """Leave the group and let go of the memory. A second call does nothing."""
-        groups, self._groups = self._groups, None
         self._runner = None
         self._model = None
-        if groups is not None:
-            groups.close()
+        self._groups.close()
         give_back_memory()
 
     def _use_threads(self) -> None:

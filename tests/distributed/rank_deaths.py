@@ -43,7 +43,8 @@ def step(groups: Groups, part: Shard) -> float:
 def steps_until_a_death(rank: int, tp: int, pp: int, address: str, name: str, dying: int) -> str:
     """The error that ends this rank's steps; `dying` kills itself in the fourth."""
     part = shard(rank, tp, pp)
-    groups = Groups.join(part, Rendezvous(address=address, name=name), CPU, timeout=LONG)
+    groups = Groups(part, CPU)
+    groups.join(Rendezvous(address=address, name=name), timeout=LONG)
     try:
         for i in itertools.count():
             if i == 3 and rank == dying:
@@ -61,7 +62,8 @@ def steps_until_a_death(rank: int, tp: int, pp: int, address: str, name: str, dy
 def aborted_while_waiting(rank: int, tp: int, pp: int, address: str) -> str:
     """All wait for tensor rank 0 of the first stage, which is alive and does nothing; each is told to stop."""
     part = shard(rank, tp, pp)
-    groups = Groups.join(part, Rendezvous(address=address, name="abort"), CPU, timeout=LONG)
+    groups = Groups(part, CPU)
+    groups.join(Rendezvous(address=address, name="abort"), timeout=LONG)
     if rank == 0:
         time.sleep(0.3)
         groups.abort()
@@ -81,7 +83,8 @@ def aborted_while_waiting(rank: int, tp: int, pp: int, address: str) -> str:
 
 def one_step(rank: int, tp: int, pp: int, address: str, name: str) -> float:
     part = shard(rank, tp, pp)
-    groups = Groups.join(part, Rendezvous(address=address, name=name), CPU, timeout=30)
+    groups = Groups(part, CPU)
+    groups.join(Rendezvous(address=address, name=name), timeout=30)
     try:
         return step(groups, part)
     finally:
@@ -93,7 +96,8 @@ def descriptors_after_groups(rank: int, address: str, num_groups: int) -> tuple[
     before = len(os.listdir("/proc/self/fd"))
     for i in range(num_groups):
         part = shard(rank, 2, 1)
-        groups = Groups.join(part, Rendezvous(address=address, name=f"leak{i}"), CPU, timeout=30)
+        groups = Groups(part, CPU)
+        groups.join(Rendezvous(address=address, name=f"leak{i}"), timeout=30)
         step(groups, part)
         groups.close()
     return before, len(os.listdir("/proc/self/fd"))

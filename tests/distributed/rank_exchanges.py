@@ -21,6 +21,7 @@ from rank_processes import CPU
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from qwen_ray.core.plan import Rendezvous, Shard
+from qwen_ray.parallel.board import Board, Wait
 from qwen_ray.parallel.collectives import TensorGroup
 from qwen_ray.parallel.groups import Groups
 from qwen_ray.parallel.mesh import Mesh
@@ -37,13 +38,14 @@ def joined(rank: int, degrees: Degrees, address: str, sharing: str, timeout: flo
     tp, dp, pp = degrees
     join = SharedMemory.join
 
-    def join_some(store: PrefixStore, rank: int, size: int, *, timeout: float) -> SharedMemory | None:
-        return join(store, rank, size, timeout=timeout) if sharing == "dp rank" and size == tp else None
+    def join_some(board: Board, rank: int, size: int, *, timeout: float) -> SharedMemory | None:
+        return join(board, rank, size, timeout=timeout) if sharing == "dp rank" and size == tp else None
 
     rendezvous = Rendezvous(address=address, name="test-exchanges")
     patched = mock.patch.object(SharedMemory, "join", join_some)
+    groups = Groups(shard(rank, tp, pp, dp), CPU)
     with patched if sharing != "memory" else contextlib.nullcontext():
-        groups = Groups.join(shard(rank, tp, pp, dp), rendezvous, CPU, timeout=timeout)
+        groups.join(rendezvous, timeout=timeout)
     try:
         yield groups
     finally:
@@ -73,7 +75,7 @@ def meet(rank: int, degrees: Degrees, address: str, sharing: str) -> Meeting:
             stage=int(groups.stage.all_reduce(torch.tensor(1 << rank))),
             in_order=ranks.tolist(),
             from_previous=hand_on(groups, part),
-            kinds=(type(groups.tensor).__name__, type(groups.stage).__name__),
+            kinds=(type(groups.tensor.connection).__name__, type(groups.stage.connection).__name__),
             is_one=groups.tensor is groups.stage,
         )
 
@@ -107,12 +109,13 @@ def random_table(size: int, most: int, draw: random.Random) -> list[list[int]]:
 
 def exchange_many(rank: int, size: int, address: str, kind: str, seed: int, num_rounds: int) -> int:
     """Exchanges with counts known to all, against what one process makes of them. Returns the longest, in bytes."""
-    store = PrefixStore(f"{kind}{seed}", TCPStore(address.split(":")[0], int(address.split(":")[1]), None, rank == 0))
+    server = TCPStore(address.split(":")[0], int(address.split(":")[1]), None, rank == 0)
+    board = Board(PrefixStore(f"{kind}{seed}", server), Wait(30))
     group: TensorGroup | None
     if kind == "memory":
-        group = SharedMemory.join(store, rank, size, timeout=30)
+        group = SharedMemory.join(board, rank, size, timeout=30)
     else:
-        group = Mesh.join(store, rank, size, "127.0.0.1", 30)
+        group = Mesh.join(board, rank, size, "127.0.0.1", 30)
     assert group is not None
     draw = random.Random(seed)  # the same on all ranks
     longest = 0

@@ -172,7 +172,8 @@ def forward_steps(
     """One rank's life: join, load, run the steps of its dp rank. `moves[i]` happen before step i."""
     shard: Shard = plan.shard(config, rank)
     rendezvous = Rendezvous(address=address, name=f"test{os.path.basename(weights)}")
-    groups = Groups.join(shard, rendezvous, CPU, timeout=30)
+    groups = Groups(shard, CPU)
+    groups.join(rendezvous, timeout=30)
     try:
         model = registry.build(config, shard, groups, CPU, dtype, max_len=64)
         model.load(Tensors(torch.load(weights, mmap=True)))

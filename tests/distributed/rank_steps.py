@@ -22,11 +22,12 @@ SECRET = b"s" * 32
 def serve(rank: int, spec: ReplicaSpec, address: str, channel_address: str) -> RankStats:
     """One rank's life, as an actor lives it: until Stop. What it says of itself at the end."""
     channel = BlockingChannel.connect(channel_address, SECRET, RANK_CODEC)
-    worker = Worker(spec, rank, Rendezvous(address=address, name="test-steps"))
+    worker = Worker(spec, rank)
     try:
-        worker.join()
         worker.load()
         worker.allocate()
+        worker.join(Rendezvous(address=address, name="test-steps"))
+        worker.warm_up()
         channel.send(Hello(rank=rank))
         while not isinstance(message := channel.receive(), Stop):
             result = worker.execute(message) if isinstance(message, StepBatch) else worker.move_experts(message)

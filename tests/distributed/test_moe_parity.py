@@ -18,7 +18,6 @@ from qwen_ray.core.plan import ExpertPlacement, ParallelPlan
 from qwen_ray.core.step import MoveExperts
 from qwen_ray.layers.expert_map import Slots
 from qwen_ray.models import registry
-from qwen_ray.parallel.collectives import Alone
 from qwen_ray.parallel.groups import Groups
 from qwen_ray.worker.weights import open_checkpoint
 
@@ -262,7 +261,7 @@ def test_every_rank_reads_the_bytes_of_its_own_experts(
         del state["lm_head.weight"]
     save_file(state, tmp_path / "model.safetensors")
     for shard in ParallelPlan.of(config, tp=tp, pp=pp, ep=ep, dp_attention=dp_attention).shards(config):
-        model = registry.build(config, shard, Groups(Alone(), device=CPU), CPU, torch.float32, max_len=8)
+        model = registry.build(config, shard, Groups(shard, CPU), CPU, torch.float32, max_len=8)
         checkpoint = open_checkpoint(tmp_path, config, torch.float32)
         model.load(checkpoint)
         checkpoint.check_extra(shard.layers)

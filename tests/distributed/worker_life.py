@@ -20,12 +20,13 @@ class Life:
 
 
 def live(rank: int, spec: ReplicaSpec, address: str, batches: list[StepBatch]) -> Life:
-    worker = Worker(spec, rank, Rendezvous(address=address, name="test-worker"))
+    worker = Worker(spec, rank)
     seen = [(0, 0)]
     try:
-        worker.join()
         worker.load(lambda done, total: seen.append((done, total)))
         worker.allocate()
+        worker.join(Rendezvous(address=address, name="test-worker"))
+        worker.warm_up()
         results = [worker.execute(batch) for batch in batches]
         return Life(results, worker.stats(), seen[-1])
     finally:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.core.plan import ParallelPlan, Rendezvous
+from qwen_ray.core.plan import ParallelPlan
 from qwen_ray.kernels import reference
 from qwen_ray.layers.rotary import Rotary
 from qwen_ray.layers.site import Site
@@ -40,8 +40,8 @@ def configs(rope: dict[str, Any]) -> tuple[LlamaConfig, ModelConfig, Site]:
     )  # fmt: skip
     ours = ModelConfig.from_dict(theirs.to_dict())
     shard = ParallelPlan.of(ours).shard(ours, 0)
-    groups = Groups.join(shard, Rendezvous(address="", name=""), torch.device("cpu"))
-    return theirs, ours, Site.of(shard, groups, torch.device("cpu"), torch.float32)
+    device = torch.device("cpu")
+    return theirs, ours, Site.of(shard, Groups(shard, device), device, torch.float32)
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())

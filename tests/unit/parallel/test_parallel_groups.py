@@ -15,31 +15,32 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch._C._distributed_c10d import HashStore
 
 from qwen_ray.parallel import shared_memory
+from qwen_ray.parallel.board import Board, Wait
 from qwen_ray.parallel.collectives import Alone, Connection, Nccl, TensorGroup
-from qwen_ray.parallel.groups import local_address
 from qwen_ray.parallel.link import Listener, connect
+from qwen_ray.parallel.meeting import local_address
 from qwen_ray.parallel.mesh import Mesh
 from qwen_ray.parallel.shared_memory import SharedMemory
 
 Result = TypeVar("Result")
-Make = Callable[[Store, int, int], TensorGroup | None]
+Make = Callable[[Board, int, int], TensorGroup | None]
 CAPACITY = 256  # bytes: messages here go in several pieces
 
 
-def make_shared(store: Store, rank: int, size: int, timeout: float = 20.0) -> SharedMemory | None:
-    return SharedMemory.join(store, rank, size, timeout=timeout, capacity=CAPACITY)
+def make_shared(board: Board, rank: int, size: int, timeout: float = 20.0) -> SharedMemory | None:
+    return SharedMemory.join(board, rank, size, timeout=timeout, capacity=CAPACITY)
 
 
-def make_mesh(store: Store, rank: int, size: int, timeout: float = 20.0) -> Mesh:
-    return Mesh.join(store, rank, size, "127.0.0.1", timeout)
+def make_mesh(board: Board, rank: int, size: int, timeout: float = 20.0) -> Mesh:
+    return Mesh.join(board, rank, size, "127.0.0.1", timeout)
 
 
-def make_nccl(store: Store, rank: int, size: int) -> Nccl:
+def make_nccl(board: Board, rank: int, size: int) -> Nccl:
     """Its logic over gloo, which has the same operations for CPU tensors; NCCL itself needs devices."""
-    connection = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=20))
+    connection = dist.ProcessGroupGloo(board.store, rank, size, timeout=timedelta(seconds=20))
     return Nccl(cast(Connection, connection))
 
 
@@ -49,8 +50,8 @@ def on_all(size: int, function: Callable[[int], Result]) -> list[Result]:
 
 
 def join_all(make: Make, size: int) -> list[Any]:
-    store = HashStore()
-    return on_all(size, lambda rank: make(store, rank, size))
+    board = Board(HashStore(), Wait(20))
+    return on_all(size, lambda rank: make(board, rank, size))
 
 
 OF_CPUS = [(make_shared, 2), (make_shared, 3), (make_mesh, 2), (make_mesh, 4)]
@@ -180,8 +181,8 @@ OPERATIONS: dict[str, Callable[[TensorGroup], object]] = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("make", [make_shared, make_mesh])
 def test_a_peer_that_hangs_is_given_up(make: Callable[..., TensorGroup | None], operation: str) -> None:
-    store = HashStore()
-    members = on_all(2, lambda rank: make(store, rank, 2, timeout=0.5))
+    board = Board(HashStore(), Wait(20))
+    members = on_all(2, lambda rank: make(board, rank, 2, timeout=0.5))
     assert members[0] is not None
     with pytest.raises(TimeoutError):
         OPERATIONS[operation](members[0])
@@ -277,9 +278,9 @@ def test_a_strangers_file_is_not_taken_for_the_segment(tmp_path: Any) -> None:
 
 
 def test_links_carry_tensors_in_order() -> None:
-    store = PrefixStore("test", HashStore())
-    listener = Listener(store, "to1", "127.0.0.1")
-    sender, receiver = connect(store, "to1", 5.0), listener.accept(5.0)
+    board = Board(HashStore(), Wait(20)).part("test")
+    listener = Listener(board, "to1", "127.0.0.1")
+    sender, receiver = connect(board, "to1", 5.0), listener.accept(5.0)
     big = torch.randn(700_000)  # more than the system buffers
 
     def send() -> None:

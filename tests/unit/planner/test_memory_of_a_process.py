@@ -26,10 +26,11 @@ def start(num_layers, kv_memory_bytes):
                         max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=512)
     chosen = plan(asked).require()
     spec = chosen.replica_spec(name="test", path="", load_format="dummy")
-    worker = Worker(spec, 0, Rendezvous(address="", name="test"))
-    worker.join()
+    worker = Worker(spec, 0)
     worker.load()
     worker.allocate()
+    worker.join(Rendezvous(address="", name="test"))
+    worker.warm_up()
     return worker, chosen
 
 first, _ = start(1, 10**7)  # what torch and its libraries take on first use is not the model's

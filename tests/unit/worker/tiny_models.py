@@ -16,7 +16,6 @@ from qwen_ray.core.model_config import ModelConfig, RopeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec, Shard
 from qwen_ray.models import registry
 from qwen_ray.models.stage import Stage
-from qwen_ray.parallel.collectives import Alone
 from qwen_ray.parallel.groups import Groups
 from qwen_ray.worker.gguf import IN_LAYER, TOP_LEVEL
 from qwen_ray.worker.weights import CountedCheckpoint
@@ -122,7 +121,7 @@ def write_gguf(
 
 def load_shard(config: ModelConfig, shard: Shard, checkpoint: CountedCheckpoint) -> Stage:
     """One rank's part, loaded without its peers: loading needs none."""
-    model = registry.build(config, shard, Groups(Alone(), device=CPU), CPU, torch.float32, max_len=16)
+    model = registry.build(config, shard, Groups(shard, CPU), CPU, torch.float32, max_len=16)
     model.load(checkpoint)
     checkpoint.check_extra(shard.layers)
     return model
