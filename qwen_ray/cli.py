@@ -14,7 +14,7 @@ import typer
 
 from qwen_ray.commands.console import out, show_error
 from qwen_ray.commands.options import ALL_FLAGS, ENGINE_FLAGS, MODEL_FLAGS, ModelArgument, with_settings
-from qwen_ray.config import Settings
+from qwen_ray.config import API_KEY_VARIABLE, Settings
 from qwen_ray.core.errors import PlanRefused, QwenRayError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.core.request import SamplingParams
@@ -38,6 +38,10 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 UrlOption = Annotated[
     str | None,
     typer.Option("--url", metavar="URL", help="A running server; without it the model runs in this process."),
+]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option("--api-key", metavar="KEY", envvar=API_KEY_VARIABLE, help="Sent to the server as a bearer token."),
 ]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0: always the likeliest token.")]
@@ -117,6 +121,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = None,
     url: UrlOption = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Continue a text, without starting a server.
 
@@ -126,7 +131,7 @@ def generate(
     from qwen_ray.commands.offline import run_generate
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    run_generate(settings, sys.stdin.read() if prompt == "-" else prompt, sampling, url=url)
+    run_generate(settings, sys.stdin.read() if prompt == "-" else prompt, sampling, url=url, api_key=api_key)
 
 
 @app.command()
@@ -141,6 +146,7 @@ def chat(
     top_p: TopP = 0.95,
     seed: Seed = None,
     url: UrlOption = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Talk to a model in the terminal; an empty line or Ctrl-D ends it.
 
@@ -150,7 +156,7 @@ def chat(
     from qwen_ray.commands.offline import run_chat
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    run_chat(settings, system, sampling, url=url)
+    run_chat(settings, system, sampling, url=url, api_key=api_key)
 
 
 @app.command()
@@ -173,7 +179,7 @@ def bench(
     ] = True,
     vocab_size: Annotated[int, typer.Option("--vocab-size", min=1001, help="Prompts use ids below this.")] = 30_000,
     seed: Annotated[int, typer.Option("--seed", help="Of prompts and arrivals.")] = 0,
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Sent as a bearer token.")] = None,
+    api_key: ApiKeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Load an OpenAI endpoint (any server's) and print latencies and throughput.
@@ -223,6 +229,7 @@ def status(
         Path | None,
         typer.Option("--expert-load", metavar="FILE", help="Write how often each expert was asked for to FILE."),
     ] = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Show what a running server is made of: replicas, ranks, memory, KV use.
 
@@ -232,7 +239,23 @@ def status(
     """
     from qwen_ray.commands.status import run_status
 
-    run_status(url.rstrip("/"), as_json=as_json, expert_load=expert_load)
+    run_status(url.rstrip("/"), as_json=as_json, expert_load=expert_load, api_key=api_key)
+
+
+@app.command()
+def key(
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name in logs and messages.")] = None,
+    from_stdin: Annotated[bool, typer.Option("--stdin", help="Hash the key on stdin; make none.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make an API key and the hash of it that a server is told.
+
+    qwen-ray key --name team-a
+    echo "$OLD_KEY" | qwen-ray key --stdin --name team-a >> keys.yaml
+    """
+    from qwen_ray.commands.key import run_key
+
+    run_key(name, sys.stdin.readline().strip() if from_stdin else None, as_json=as_json)
 
 
 @app.command()

@@ -18,6 +18,8 @@ import httpx
 
 from qwen_ray.core.errors import SourceError
 
+WITH_KEY = "give it with --api-key or QWEN_RAY_API_KEY"
+
 # Below this lie the special and single-byte tokens of common vocabularies, above it every one has ids to spare.
 FIRST_TOKEN_ID = 1000
 
@@ -93,14 +95,17 @@ class RequestRecord:
         return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-def _headers(api_key: str | None) -> dict[str, str]:
+def bearer(api_key: str | None) -> dict[str, str]:
+    """Headers for an OpenAI endpoint."""
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def served_model(url: str, api_key: str | None = None) -> str:
     """The first model that the endpoint lists. Raises SourceError when nothing answers there."""
     try:
-        answer = httpx.get(f"{url}/v1/models", headers=_headers(api_key), timeout=10.0)
+        answer = httpx.get(f"{url}/v1/models", headers=bearer(api_key), timeout=10.0)
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise SourceError(f"{url} wants another API key: {WITH_KEY}.")
         answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
     except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
@@ -112,7 +117,7 @@ def served_model(url: str, api_key: str | None = None) -> str:
 async def run_load(spec: LoadSpec, on_done: Callable[[RequestRecord], None]) -> tuple[list[RequestRecord], float]:
     """Send all of `spec`; the records in order of their start, and the seconds it took."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=spec.concurrency)
-    async with httpx.AsyncClient(timeout=spec.timeout, limits=limits, headers=_headers(spec.api_key)) as client:
+    async with httpx.AsyncClient(timeout=spec.timeout, limits=limits, headers=bearer(spec.api_key)) as client:
         started = time.perf_counter()
         gate = asyncio.Semaphore(spec.num_requests if spec.request_rate else spec.concurrency)
         tasks: list[asyncio.Task[RequestRecord]] = []

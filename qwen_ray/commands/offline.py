@@ -15,7 +15,7 @@ import httpx
 
 from qwen_ray import LLM
 from qwen_ray.commands.console import err, out, progress_bars
-from qwen_ray.commands.load import served_model
+from qwen_ray.commands.load import bearer, served_model
 from qwen_ray.config import Settings
 from qwen_ray.core.errors import QwenRayError, RequestError
 from qwen_ray.core.request import SamplingParams
@@ -27,15 +27,19 @@ Answer = Callable[[str | list[Message]], Iterator[Shown]]
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-def run_generate(settings: Settings, prompt: str, sampling: SamplingParams, *, url: str | None) -> None:
-    with _answerer(settings, sampling, url) as answer:
+def run_generate(
+    settings: Settings, prompt: str, sampling: SamplingParams, *, url: str | None, api_key: str | None
+) -> None:
+    with _answerer(settings, sampling, url, api_key) as answer:
         _show(answer(prompt))
 
 
-def run_chat(settings: Settings, system: str | None, sampling: SamplingParams, *, url: str | None) -> None:
+def run_chat(
+    settings: Settings, system: str | None, sampling: SamplingParams, *, url: str | None, api_key: str | None
+) -> None:
     """Until an empty line, end of input or Ctrl-C at the prompt; Ctrl-C during an answer only ends that answer."""
     messages = [{"role": "system", "content": system}] if system else []
-    with _answerer(settings, sampling, url) as answer:
+    with _answerer(settings, sampling, url, api_key) as answer:
         while text := _ask():
             messages.append({"role": "user", "content": text})
             try:
@@ -74,11 +78,11 @@ def _show(pieces: Iterator[Shown]) -> str:
 
 
 @contextmanager
-def _answerer(settings: Settings, sampling: SamplingParams, url: str | None) -> Iterator[Answer]:
+def _answerer(settings: Settings, sampling: SamplingParams, url: str | None, api_key: str | None) -> Iterator[Answer]:
     if url is not None:
         url = url.rstrip("/").removesuffix("/v1")
-        model = served_model(url)
-        yield lambda prompt: _remote(url, model, prompt, sampling)
+        model = served_model(url, api_key)
+        yield lambda prompt: _remote(url, model, prompt, sampling, api_key)
         return
     with progress_bars() as show:
         llm = LLM(settings=settings, on_progress=show)
@@ -86,7 +90,9 @@ def _answerer(settings: Settings, sampling: SamplingParams, url: str | None) -> 
         yield lambda prompt: ((piece.reasoning, piece.text) for piece in llm.stream_pieces(prompt, sampling))
 
 
-def _remote(url: str, model: str, prompt: str | list[Message], sampling: SamplingParams) -> Iterator[Shown]:
+def _remote(
+    url: str, model: str, prompt: str | list[Message], sampling: SamplingParams, api_key: str | None
+) -> Iterator[Shown]:
     """The same from a server. Raises QwenRayError."""
     names = ("max_tokens", "temperature", "top_p", "seed")
     body: dict[str, Any] = {name: value for name in names if (value := getattr(sampling, name)) is not None}
@@ -94,7 +100,7 @@ def _remote(url: str, model: str, prompt: str | list[Message], sampling: Samplin
     body |= {"model": model, key: prompt, "stream": True}
     try:
         with (
-            closing(httpx.Client(timeout=600.0)) as client,
+            closing(httpx.Client(timeout=600.0, headers=bearer(api_key))) as client,
             client.stream("POST", f"{url}/v1/{path}", json=body) as got,
         ):
             if got.status_code != 200:

@@ -21,13 +21,18 @@ _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.05
 
 
-def start(arguments: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    """In a session of its own: Ctrl-C in the terminal does not reach it. `environment` comes on top of ours."""
+def start(
+    arguments: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None, *, without: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """In a session of its own: Ctrl-C in the terminal does not reach it.
+
+    `environment` comes on top of ours, less the variables `without`.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    assignments = [f"{name}={value}" for name, value in environment.items()]
+    changes = [*(f"--unset={name}" for name in without), *(f"{name}={value}" for name, value in environment.items())]
     return subprocess.Popen(
-        ["/usr/bin/env", *assignments, *arguments],
+        ["/usr/bin/env", *changes, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -21,13 +21,15 @@ import httpx
 
 from qwen_ray.commands import process_tree
 from qwen_ray.commands.console import ShowProgress, err, out, progress_bars
-from qwen_ray.commands.ports import free_ports, port_is_free
+from qwen_ray.commands.haproxy import in_front
+from qwen_ray.commands.ports import port_is_free
 from qwen_ray.commands.pull import pull
-from qwen_ray.config import Settings
-from qwen_ray.core.errors import QwenRayError
+from qwen_ray.config import API_KEY_VARIABLE, Settings
+from qwen_ray.core.errors import QwenRayError, SettingsError
 from qwen_ray.machine import this_machine
 from qwen_ray.planner.search import plan
-from qwen_ray.serving.environment import ENVIRONMENT
+from qwen_ray.serving.environment import ALONE, ENVIRONMENT
+from qwen_ray.serving.keys import KeyRing
 from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
 
@@ -50,8 +52,15 @@ class Stopped(BaseException):
 
 def run_serve(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM, which are a good end at any time. Raises QwenRayError."""
+    if settings.ray_address and settings.http.ssl_certfile:
+        raise SettingsError(
+            "ssl_certfile: the proxies of a running cluster are not ours. Let what stands before them (a gateway, an "
+            "ingress) speak TLS.",
+            field="http.ssl_certfile",
+        )
     if not settings.ray_address:
         http = settings.http
+        KeyRing(http)  # what is wrong with its file is said before anything is started
         if not port_is_free(http.host, http.port):
             raise QwenRayError(
                 f"Port {http.port} of {http.host} is in use. Choose another with --port, or stop what uses it."
@@ -59,11 +68,13 @@ def run_serve(settings: Settings) -> None:
         for model in settings.models:
             config = load_config(pull(model, settings))
             plan(plan_request(settings, model, config, this_machine(), dp=model.replicas.max)).require()
-    with _signals_raise(), _log_file(settings) as log:
-        child = process_tree.start([sys.executable, "-m", "qwen_ray.serving.launch"], server_environment(), log)
+    with in_front(settings) as (behind, proxy), _signals_raise(), _log_file(settings) as log:
+        command = [sys.executable, "-m", "qwen_ray.serving.launch"]
+        environment = {**ENVIRONMENT, **proxy, **({} if settings.ray_address else ALONE)}
+        child = process_tree.start(command, environment, log, without=(API_KEY_VARIABLE,))
         try:
-            events = _talk(child, settings)
-            _wait_until_ready(settings, child, events)
+            events = _talk(child, behind)
+            _wait_until_ready(behind, child, events)
             _show_address(settings)
             _raise_at_end(child, events)
         except Stopped:
@@ -71,17 +82,6 @@ def run_serve(settings: Settings) -> None:
         finally:
             _ignore_signals()
             process_tree.stop(child, seconds=STOP_SECONDS)
-
-
-def server_environment() -> dict[str, str]:
-    """What the server process finds in its environment: HAProxy's own ports are free ones, so that two can run here."""
-    statistics, metrics = free_ports(2)
-    ports = {
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-    }
-    return {**ENVIRONMENT, **ports}
 
 
 def _talk(child: subprocess.Popen[bytes], settings: Settings) -> queue.SimpleQueue[dict[str, Any]]:
@@ -157,7 +157,8 @@ def _show_loading(settings: Settings, show: ShowProgress) -> None:
 def address(settings: Settings) -> str:
     """Where a client on this machine reaches the server."""
     host = settings.http.host
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{settings.http.port}"
+    scheme = "http" if settings.http.ssl_certfile is None else "https"
+    return f"{scheme}://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{settings.http.port}"
 
 
 def _show_address(settings: Settings) -> None:
@@ -171,8 +172,10 @@ def _show_address(settings: Settings) -> None:
         }
     )
     out.print(f"\n{name} is served at {address(settings)}/v1 (Ctrl-C stops it). Try:\n", markup=False)
+    has_keys = settings.http.api_keys or settings.http.api_keys_file
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if has_keys else ""
     out.print(
-        f"curl -N {address(settings)}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'\n",
+        f"curl -N {address(settings)}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n  -d '{body}'\n",
         markup=False,
         soft_wrap=True,
     )

@@ -10,17 +10,18 @@ import httpx
 from rich.table import Table
 
 from qwen_ray.commands.console import out
+from qwen_ray.commands.load import WITH_KEY, bearer
 from qwen_ray.core.errors import QwenRayError
 
 _MB = 1e6
 
 
-def run_status(url: str, *, as_json: bool, expert_load: Path | None = None) -> None:
+def run_status(url: str, *, as_json: bool, expert_load: Path | None = None, api_key: str | None = None) -> None:
     """`expert_load`: a file to write what experts have computed to. Raises QwenRayError when nothing answers."""
     if expert_load is not None:
-        _write_expert_load(url, expert_load)
+        _write_expert_load(url, expert_load, api_key)
         return
-    status = fetch(url, "status")
+    status = fetch(url, "status", api_key)
     if as_json:
         out.print(json.dumps(status, indent=2), markup=False, soft_wrap=True)
         return
@@ -34,8 +35,8 @@ def run_status(url: str, *, as_json: bool, expert_load: Path | None = None) -> N
         _show_replica(replica)
 
 
-def _write_expert_load(url: str, file: Path) -> None:
-    load = fetch(url, "expert_load")
+def _write_expert_load(url: str, file: Path, api_key: str | None) -> None:
+    load = fetch(url, "expert_load", api_key)
     if not any(load["expert_tokens"]):
         raise QwenRayError(f"{load['model']} has no experts, or its ranks do not answer now.")
     try:
@@ -45,9 +46,11 @@ def _write_expert_load(url: str, file: Path) -> None:
     out.print(f"{file}: what the experts of {load['model']} have computed", markup=False)
 
 
-def fetch(url: str, path: str) -> dict[str, Any]:
+def fetch(url: str, path: str, api_key: str | None) -> dict[str, Any]:
     try:
-        answer = httpx.get(f"{url}/{path}", timeout=10.0)
+        answer = httpx.get(f"{url}/{path}", headers=bearer(api_key), timeout=10.0)
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise QwenRayError(f"{url} wants another API key: {WITH_KEY}.")
         answer.raise_for_status()
         return answer.json()
     except (httpx.HTTPError, ValueError) as error:

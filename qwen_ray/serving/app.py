@@ -40,6 +40,12 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
     Raises SettingsError, SourceError, CheckpointError, PlanRefused.
     """
     settings = settings if isinstance(settings, Settings) else Settings.from_dict(settings)
+    if settings.http.ssl_certfile is not None:
+        raise SettingsError(
+            "http.ssl_certfile: an application has no say in its proxy. `qwen-ray serve` alone on its machine speaks "
+            "TLS; on a cluster, let the gateway or ingress before it do so.",
+            field="http.ssl_certfile",
+        )
     model = _one_model(settings)
     spec = replica_spec(settings)
     has_room = has_room_for_one_more(settings, spec)

@@ -24,3 +24,12 @@ ENVIRONMENT: dict[str, str] = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "30",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "30",
 }
+
+# Of a Ray that is this machine alone.
+ALONE: dict[str, str] = {
+    # Ray's way to say that there is no cluster: ports are bound to loopback. Any address that it is told instead,
+    # 127.0.0.1 too, it takes to mean the outer one of the machine.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Whoever reaches a port nevertheless (Serve's replicas bind one each to all interfaces) needs Ray's token.
+    "RAY_AUTH_MODE": "token",
+}

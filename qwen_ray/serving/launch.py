@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 # No tensor of ours goes through Ray's object store.
 OBJECT_STORE_BYTES = 128 * 2**20
-LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 5.0
 
 
@@ -90,7 +89,7 @@ def run(settings: Settings) -> None:
 
 
 def start_ray(settings: Settings) -> None:
-    """Join the cluster that is named, or start one that is reachable from this machine only."""
+    """Join the cluster that is named, or start one, reachable from this machine only if `environment.ALONE` holds."""
     log_to_driver = settings.observability.log_level == "debug"
     if settings.ray_address:
         ray.init(address=settings.ray_address, log_to_driver=log_to_driver, logging_level=logging.WARNING)
@@ -101,7 +100,6 @@ def start_ray(settings: Settings) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=log_to_driver,
         logging_level=logging.WARNING,
-        _node_ip_address=LOOPBACK,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from qwen_ray.cli import main
 
-COMMANDS = ("serve", "plan", "generate", "chat", "bench", "pull", "status", "version")
+COMMANDS = ("serve", "plan", "generate", "chat", "bench", "pull", "status", "key", "version")
 
 
 def run(*arguments: str) -> int:

