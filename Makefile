@@ -17,13 +17,14 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test check bench clean help
+.PHONY: install dev serve test check chaos bench clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
 	@echo "make install                            .venv with everything a user needs"
 	@echo "make check                              ruff, pyright, architecture, unit tests"
 	@echo "make test                               the whole test suite"
+	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
 	@echo "make bench [ARGS='--concurrency 8']     load the server that is running"
 	@echo "make clean                              remove .venv and what tools left behind"
 
@@ -60,6 +61,9 @@ check: dev
 
 test: dev
 	$(PYTEST) $(NO_GPU_TIER) tests
+
+chaos: dev
+	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s tests/chaos $(ARGS)
 
 bench: install
 	@$(BIN)/qwen-ray bench $(ARGS)

@@ -1,0 +1,92 @@
+"""Blows to a running server under requests of every kind. `make chaos` runs the long form of all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+from chaos import injector
+from chaos.judge import Verdict, judge, left_over, show
+from chaos.load import Ask, Seen, every_kind, in_peace, until
+from served import serving
+
+NUM_CLIENTS = 16
+IS_LONG = bool(os.environ.get("QWEN_RAY_CHAOS_LONG"))
+
+pytestmark = pytest.mark.chaos
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> Iterator[list[Verdict]]:
+    found: list[Verdict] = []
+    yield found
+    show(found)
+
+
+def asks() -> list[Ask]:
+    kinds = every_kind("demo", max_tokens=48 if IS_LONG else 24)
+    random.Random(1).shuffle(kinds)
+    return kinds if IS_LONG else kinds[::4]
+
+
+async def under_load(
+    url: str, expected: dict[str, Seen], blows: Callable[[list[float]], Awaitable[None]], name: str
+) -> Verdict:
+    """`blows` does what it does, and notes when, while clients ask; then they finish and it is judged."""
+    done, times = asyncio.Event(), list[float]()
+    load = asyncio.create_task(until(done, url, asks(), num_clients=NUM_CLIENTS))
+    try:
+        await blows(times)
+    finally:
+        done.set()
+    verdict = judge(name, await load, expected, times)
+    verdict.left_over = await asyncio.to_thread(left_over, url)
+    return verdict
+
+
+@pytest.mark.parametrize("plan", [("--tp", "2"), ("--pp", "2")] if IS_LONG else [("--tp", "2")], ids=" ".join)
+async def test_a_rank_is_killed_again_and_again(plan: tuple[str, ...], verdicts: list[Verdict]) -> None:
+    chance = random.Random(2)
+    num_kills, pause = (15, 20.0) if IS_LONG else (2, 12.0)
+    with serving("demo", *plan) as url:
+        expected = await in_peace(url, asks())
+        before = {rank.pid for rank in injector.ranks(url)}
+        killed: set[int] = set()
+
+        async def blows(times: list[float]) -> None:
+            await asyncio.sleep(4.0)
+            for _ in range(num_kills):
+                rank = await asyncio.to_thread(injector.random_rank, url, chance)
+                if rank is not None:
+                    times.append(time.monotonic())
+                    killed.add(rank.pid)
+                    injector.kill(rank.pid)
+                await asyncio.sleep(pause)
+
+        verdict = await under_load(url, expected, blows, f"SIGKILL of a rank, {' '.join(plan)}")
+        verdicts.append(verdict)
+        assert verdict.is_clean, str(verdict)
+        assert len(verdict.recoveries) == len(killed) == num_kills
+        survivors = [rank for rank in injector.ranks(url) if rank.pid in before - killed]
+        assert all(rank.num_loads == 1 for rank in injector.ranks(url))
+        assert len(survivors) >= 1 or num_kills > 1
+
+
+async def test_a_rank_stands_still(verdicts: list[Verdict]) -> None:
+    with serving("demo", "--tp", "2") as url:
+        expected = await in_peace(url, asks())
+
+        async def blows(times: list[float]) -> None:
+            await asyncio.sleep(3.0)
+            times.append(time.monotonic())
+            injector.stop(injector.ranks(url)[1].pid)
+            await asyncio.sleep(20.0)
+
+        verdict = await under_load(url, expected, blows, "SIGSTOP of a rank")
+        verdicts.append(verdict)
+        assert verdict.is_clean, str(verdict)
+        assert len(verdict.recoveries) == 1
