@@ -154,7 +154,7 @@ class Scheduler:
         inflight = dict.fromkeys(seq for step in self._inflight for seq in step.sequences)
         self._inflight.clear()
         if ranks_died:
-            self._blame(seq for seq in inflight if not seq.has_ended)
+            self._blame(inflight)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -287,7 +287,6 @@ class Scheduler:
         self._deadlines.discard(seq)
         self._queue.forget(seq)
         del self._by_request[seq.request.request_id]
-        seq.has_ended = True
         self._deltas.append(seq.to_delta(sample, reason, error, code))
         self._on_finished(seq.to_times(reason, now))
 
@@ -302,7 +301,7 @@ class Scheduler:
                 self._end(seq, "error", error=f"The request's time was up {when}.", code=DEADLINE_EXCEEDED)
 
     def _blame(self, sequences: Iterable[Sequence]) -> None:
-        """Ranks have died under these, which wait now."""
+        """Ranks have died under these, which wait now or have ended since; to the latter it means nothing."""
         for seq in sequences:
             if seq.is_set_aside:
                 self._num_poisonous += 1

@@ -37,7 +37,6 @@ class Sequence:
         "first_scheduled",
         "first_token",
         "has_answered",
-        "has_ended",
         "is_set_aside",
         "max_len",
         "num_cached_tokens",
@@ -69,7 +68,6 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.first_scheduled = 0.0
         self.first_token = 0.0
-        self.has_ended = False
         self.num_deaths = 0  # of ranks while it ran, without progress in between
         self.cleared_at = 0  # the number of tokens with which no death is held against it any more
         self.is_set_aside = False  # it runs alone

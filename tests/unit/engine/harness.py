@@ -120,6 +120,7 @@ class Harness:
         while len(self.inflight) < self.config.depth and self.submit():
             pass
         assert self.inflight or self.scheduler.is_idle, "work, but nothing planned"
+        assert len(self.steps) < 10_000, "it never ends"
         if self.inflight:
             self.finish()
 

@@ -19,7 +19,7 @@ CONFIG = EngineConfig(num_blocks=64, block_size=4, max_model_len=64, max_num_seq
 
 
 class Tenants:
-    """Each always has as many requests waiting as could come at once, all of a kind: prompt and output tokens."""
+    """Each always has more requests waiting than could come at once, all of a kind: prompt and output tokens."""
 
     def __init__(self, config: EngineConfig, kinds: list[tuple[int, int]], weights: list[float], seed: int) -> None:
         self.harness = Harness(config)
@@ -30,7 +30,7 @@ class Tenants:
 
     def step(self) -> None:
         for tenant, waiting in ((tenant, self._waiting[tenant]) for tenant in self.kinds):
-            while len(waiting) < self.harness.config.max_num_seqs * self.harness.config.depth:
+            while len(waiting) <= self.harness.config.max_num_seqs * self.harness.config.depth:
                 one = self._request(tenant)
                 self.harness.add(one)
                 waiting.add(one.request_id)

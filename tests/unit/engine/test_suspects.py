@@ -159,14 +159,16 @@ def test_suspects_run_one_after_the_other_by_turns_with_newcomers() -> None:
 
 
 def test_newcomers_wait_until_a_suspect_has_room() -> None:
-    harness = Harness(replace(CONFIG, max_num_seqs=2))
-    harness.add(*streams(2, max_tokens=6))
+    harness = Harness(replace(CONFIG, num_blocks=14))
+    harness.add(request("r", range(20)))
     harness.step()
-    harness.add(suspect("s", range(50, 55)), *(replace(one, request_id=f"late {one.request_id}") for one in streams(2)))
-    steps = steps_until(harness, "r0", "r1", "s")
-    assert min(i for i, names in enumerate(steps) if "s" in names) < min(
-        i for i, names in enumerate(steps) if "late r0" in names
-    )
+    harness.add(suspect("s", range(100, 140)), *(request(f"new{i}", [i]) for i in range(6)))
+    steps = steps_until(harness, "r")
+    assert steps == [("r",)] * 7  # there was room for the small ones, but not for the suspect
+    harness.step()
+    assert harness.steps[-1] == ("s",)
+    harness.step()
+    assert len(harness.steps[-1]) > 1
     harness.drain()
     harness.check_ended()
 
