@@ -46,14 +46,10 @@ exec "{haproxy}" "$@"{more}
 
 @contextmanager
 def in_front(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
-    """The settings of the server behind (which speaks no TLS), and what tells its Serve of HAProxy.
-
-    Raises SettingsError for a certificate or key that cannot be used.
-    """
+    """The settings of the server behind (which speaks no TLS), and what tells its Serve of HAProxy."""
     http = settings.http
     plain = http
     if http.ssl_certfile is not None and http.ssl_keyfile is not None:
-        _check(http.ssl_certfile, http.ssl_keyfile)
         changes = {"host": LOOPBACK, "port": free_ports(1)[0], "ssl_certfile": None, "ssl_keyfile": None}
         plain = http.model_copy(update=changes)
     # Ports of its own, so that two servers can run here.
@@ -113,7 +109,11 @@ def _haproxy() -> str:
     return found
 
 
-def _check(certificate: Path, key: Path) -> None:
+def check_certificate(http: HttpSettings) -> None:
+    """Raises SettingsError for files that a server cannot use; fine without any."""
+    certificate, key = http.ssl_certfile, http.ssl_keyfile
+    if certificate is None or key is None:
+        return
     for path in (certificate, key):
         try:
             path.read_bytes()

@@ -21,7 +21,7 @@ import httpx
 
 from qwen_ray.commands import process_tree
 from qwen_ray.commands.console import ShowProgress, err, out, progress_bars
-from qwen_ray.commands.haproxy import in_front
+from qwen_ray.commands.haproxy import check_certificate, in_front
 from qwen_ray.commands.ports import port_is_free
 from qwen_ray.commands.pull import pull
 from qwen_ray.config import API_KEY_VARIABLE, Settings
@@ -60,7 +60,9 @@ def run_serve(settings: Settings) -> None:
         )
     if not settings.ray_address:
         http = settings.http
-        KeyRing(http)  # what is wrong with its file is said before anything is started
+        # What is wrong with a file is said before anything is fetched or started.
+        KeyRing(http)
+        check_certificate(http)
         if not port_is_free(http.host, http.port):
             raise QwenRayError(
                 f"Port {http.port} of {http.host} is in use. Choose another with --port, or stop what uses it."

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qwen_ray.cli import main
 
@@ -101,6 +107,12 @@ def test_plan_for_this_machine(tiny: Path, monkeypatch: pytest.MonkeyPatch, caps
         (("status", "--url", "http://127.0.0.1:9"), 1, "qwen-ray serve"),
         (("bench", "--url", "http://127.0.0.1:9"), 3, "http://127.0.0.1:9"),
         (("plan", "--no-such-flag"), 2, "no-such-flag"),
+        (("serve", "--api-key", ""), 2, "API key"),
+        (("serve", "--api-keys-file", "/no/such/keys"), 2, "/no/such/keys"),
+        (("serve", "--ssl-certfile", "/no/such.pem", "--ssl-keyfile", "/no/such.key"), 2, "/no/such.pem"),
+        (("serve", "--ssl-certfile", "/no/such.pem"), 2, "ssl_keyfile"),
+        (("serve", "--address", "x:1", "--ssl-certfile", "a", "--ssl-keyfile", "b"), 2, "gateway"),
+        (("key", "--name", "not a name"), 2, "id"),
     ],
 )
 def test_errors_are_one_message_and_an_exit_code(
@@ -150,6 +162,62 @@ found = {{"torch", "ray", "transformers", "numpy"}} & set(sys.modules)
 assert not found, found
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_a_key_and_its_hash(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("key", "--name", "team-a", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["id"] == "team-a"
+    assert hashlib.sha256(made["key"].encode()).hexdigest() == made["sha256"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{made['key']}\n"))
+    assert run("key", "--stdin", "--name", "team-a") == 0
+    shown = capsys.readouterr().out
+    assert made["key"] not in shown
+    assert yaml.safe_load(shown) == [{"id": "team-a", "sha256": made["sha256"]}]
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    """A server that wants the key `right`; the address."""
+
+    class Guard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_right = self.headers["Authorization"] == "Bearer right"
+            body = json.dumps({"data": [{"id": "m"}], "model": "m", "expert_tokens": [[1]]} if is_right else {})
+            self.send_response(200 if is_right else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("status", "--json"), 1), (("chat",), 3), (("generate", "x"), 3), (("bench",), 3)]
+)
+def test_a_server_that_wants_a_key(
+    guarded: str,
+    arguments: tuple[str, ...],
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key in ((), ("--api-key", "wrong")):
+        assert run(*arguments, "--url", guarded, *key) == code
+        assert "QWEN_RAY_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("QWEN_RAY_API_KEY", "right")
+    load = str(tmp_path / "load.json")
+    assert run("status", "--url", guarded, "--expert-load", load) == 0
+    monkeypatch.delenv("QWEN_RAY_API_KEY")
+    assert run("status", "--url", guarded, "--expert-load", load, "--api-key", "right") == 0
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

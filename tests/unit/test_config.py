@@ -36,6 +36,9 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ({"models": [{"replicas": {"min": 3, "max": 2}}]}, "models.0.replicas"),
         ({"models": []}, "models"),
         ({"engine": {"kv_cache_memory": "lots"}}, "engine.kv_cache_memory"),
+        ({"http": {"ssl_certfile": "cert.pem"}}, "http"),
+        ({"http": {"max_open_requests": 0}}, "http.max_open_requests"),
+        ({"observability": {"audit_max_bytes": "lots"}}, "observability.audit_max_bytes"),
     ],
 )
 def test_a_wrong_key_is_named(data: dict[str, object], field: str) -> None:
