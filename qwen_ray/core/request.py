@@ -117,7 +117,8 @@ class GenerateRequest:
 
     `priority` decides first, then the fair share of the `tenant`: of two tenants with work waiting, one of `weight` 2
     is served twice the tokens of one of weight 1. After the `deadline` it ends: with what it has, as "length", or, if
-    that is nothing, with DeadlineExceeded. `is_suspect`: replicas have died under it; it runs alone from the start.
+    that is nothing, with DeadlineExceeded. `is_suspect`: replicas have died under it; it runs alone from the start, and
+    an empty delta tells when that is.
     """
 
     request_id: str

@@ -241,6 +241,8 @@ class Scheduler:
             seq.first_scheduled = self._clock()
             seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
             self._queue.charge(seq, PROMPT_COST * seq.num_uncomputed)
+            if seq.request.is_suspect:  # its owner must know whether it has run, should this replica die
+                self._deltas.append(TokenDelta(request_id=seq.request.request_id))
         self._num_prefix_queries += seq.num_tokens
         self._num_prefix_hits += seq.num_computed
         return count

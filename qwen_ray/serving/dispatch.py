@@ -136,7 +136,7 @@ class Dispatcher:
         return [link for link in self._links if link.is_ours and link.is_draining]
 
     def _send(self, journal: Journal) -> None:
-        """To the least loaded replica that takes it; without one, it waits for `_serve_waiting`."""
+        """To the least loaded replica that takes it; without one, it waits until `_look_round`."""
         for link in sorted(self._takers, key=lambda link: (link.is_repairing, *link.load())):
             if link.is_full and journal.has_been_accepted:
                 continue
@@ -255,7 +255,8 @@ class Dispatcher:
         logger.warning("replica %s is lost (%s); %d sequences to hand over", link.replica, link.reason, len(orphans))
         for journal in orphans:
             journal.link = None
-            journal.num_fruitless += not link.is_draining
+            if not link.is_draining:
+                journal.blame()
         for journal in orphans:
             if journal.is_given_up:
                 message = f"Its replica failed {journal.num_fruitless} times while it ran this request."

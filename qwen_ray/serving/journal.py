@@ -16,7 +16,9 @@ from qwen_ray.core.request import GenerateRequest, TokenDelta
 from qwen_ray.serving.link import Link
 
 PATIENCE_OF_BEGUN = 10  # a large model takes minutes to load, and nobody wants half an answer
-MAX_FRUITLESS = 2  # deaths of its replicas, without a token in between: then the request itself is suspected
+MAX_FRUITLESS = 2  # deaths of its replicas, without progress in between: then the request itself is suspected
+# Tokens: coming back gives one, from a prefill; the second is the first of a step such as the one that may have killed.
+PROGRESS = 2
 
 
 class Stream:
@@ -74,7 +76,9 @@ class Journal:
     """One sequence: what was asked, what has come, who is on it."""
 
     __slots__ = (
+        "cleared_at",
         "has_been_accepted",
+        "has_started",
         "link",
         "num_attempts",
         "num_fruitless",
@@ -90,7 +94,9 @@ class Journal:
         self.tokens: list[int] = list(request.output_token_ids)
         self.link: Link | None = None
         self.num_attempts = 0
-        self.num_fruitless = 0  # deaths of replicas that ran it, without a token in between
+        self.num_fruitless = 0  # deaths of replicas that ran it, without progress in between
+        self.cleared_at = 0  # tokens with which it has made progress
+        self.has_started = False  # this attempt, as far as one is told
         self.has_been_accepted = False  # it had a place in a queue before: a full one cannot refuse it
         self.waits_until = math.inf  # monotonic; set while it waits for a replica
 
@@ -115,18 +121,24 @@ class Journal:
             self.waits_until = time.monotonic() + seconds * (PATIENCE_OF_BEGUN if self.tokens else 1)
 
     def sent(self, link: Link) -> None:
-        self.link, self.waits_until = link, math.inf
+        self.link, self.waits_until, self.has_started = link, math.inf, False
+
+    def blame(self) -> None:
+        """Its replica has died. Of several suspects on it, those that had not started are innocent."""
+        if self.has_started or not self.is_suspect:
+            self.num_fruitless += 1
+            self.cleared_at = len(self.tokens) + PROGRESS
 
     def next_attempt(self) -> GenerateRequest:
         self.num_attempts += 1
         request = replace(self.request, request_id=self.id, is_suspect=self.is_suspect)
-        if not self.tokens:
-            return request
-        # The prompt's log-probabilities came with the first delta; they are not computed again.
-        request = replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
         return request.resumed(tuple(self.tokens))
 
     def take(self, delta: TokenDelta) -> None:
+        self.has_started = True
+        if not delta.token_ids and delta.finish_reason is None:
+            return
         self.tokens.extend(delta.token_ids)
-        self.num_fruitless = 0
+        if len(self.tokens) >= self.cleared_at:
+            self.num_fruitless = 0
         self.stream.put(self.request.request_id, delta)

@@ -70,8 +70,11 @@ class Link:
 
     @property
     def lets_go(self) -> bool:
-        """What runs there is better carried on elsewhere."""
-        return self.status is not None and self.status.lets_go
+        """What runs there is better carried on elsewhere: it goes away, starts anew, or hangs.
+
+        A short repair is none of these: it is over sooner than its sequences would be computed again.
+        """
+        return self.status is not None and self.trouble is not None
 
     @property
     def is_silent(self) -> bool:

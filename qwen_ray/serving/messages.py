@@ -69,14 +69,6 @@ class ReplicaStatus:
         """It cannot take requests, but will: there is something to wait for."""
         return self.trouble is not None and self.state not in ("draining", "failed")
 
-    @property
-    def lets_go(self) -> bool:
-        """Others should carry on what it runs, if they can: it goes away, starts anew, or hangs.
-
-        A repair is over sooner than its sequences would be computed again elsewhere.
-        """
-        return self.trouble is not None and self.state != "repairing"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
