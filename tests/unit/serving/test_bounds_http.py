@@ -176,3 +176,12 @@ async def test_a_deadline_passes_also_when_no_replica_says_so(server: Any, monke
             "code": "deadline_exceeded",
         }
     await server.until(server.is_idle)
+
+
+async def test_what_runs_at_its_deadline_ends_with_what_it_has(server: Any) -> None:
+    server.replicas[0].ranks.seconds = 0.1
+    answer = await server.client.post(TEXT, json={"prompt": "x", "timeout": 1.5, "max_tokens": 70})
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+    assert 0 < answer.json()["usage"]["completion_tokens"] < 60
+    await server.until(server.is_idle)
