@@ -150,6 +150,7 @@ class Harness:
         assert (stats.num_used_blocks, stats.num_running, stats.num_waiting) == (0, 0, 0)
         assert (stats.num_waiting_tokens, stats.num_set_aside) == (0, 0)
         assert len(self.times) == len(self.requests)
+        assert not self.scheduler._queue._by_priority, "accounts of nobody"
 
     def _check_end(self, name: str, end: TokenDelta) -> None:
         one, got = self.requests[name], self.output(name)

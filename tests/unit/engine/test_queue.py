@@ -97,6 +97,15 @@ def test_nobody_saves_up_while_the_queue_is_empty_either() -> None:
     assert take_all(queue) == ["a1", "b0"]
 
 
+def test_nobody_is_rid_of_what_it_was_served_by_asking_one_at_a_time() -> None:
+    queue = queue_of(waiting("a0", "a"), waiting("b0", "b", arrival=2.0), waiting("b1", "b", arrival=3.0))
+    assert take(queue, cost=100.0) == "a0"
+    again = waiting("a1", "a", arrival=4.0)
+    queue.know(again)
+    queue.push(again)
+    assert take_all(queue, cost=40.0) == ["b0", "b1", "a1"]
+
+
 def test_those_who_have_begun_come_first_and_by_turn() -> None:
     begun = [waiting("late", "a", arrival=9.0, output=1), waiting("early", "a", arrival=8.0, output=1)]
     queue = queue_of(waiting("new", "b"), *begun, waiting("urgent", priority=-1))
@@ -116,16 +125,13 @@ def test_any_of_them_may_leave() -> None:
 
 
 def test_accounts_end_with_the_last_of_their_priority() -> None:
-    first, second = waiting("a", "x"), waiting("b", "x", arrival=2.0)
+    first, second = waiting("a", "x"), waiting("b", "y", priority=1)
     queue = queue_of(first, second)
-    take(queue, cost=100.0)
+    take_all(queue)
     queue.forget(first)
-    take(queue, cost=100.0)
+    assert list(queue._by_priority) == queue._priorities == [1]
     queue.forget(second)
-    for seq in (waiting("c", "x"), waiting("d", "y", arrival=2.0)):
-        queue.know(seq)
-        queue.push(seq)
-    assert take_all(queue) == ["c", "d"]
+    assert list(queue._by_priority) == queue._priorities == []
 
 
 def test_a_heap_keeps_few_entries_of_those_who_left() -> None:
@@ -136,13 +142,17 @@ def test_a_heap_keeps_few_entries_of_those_who_left() -> None:
         heap.discard(seq)
     assert len(heap._entries) < 20
     assert (len(heap), heap.first()) == (1, sequences[-1])
-    heap.push((5,), sequences[0])  # back, and with the key of an entry that may still be there
-    heap.push((5,), sequences[1])
-    heap.discard(sequences[0])
-    heap.push((2,), sequences[0])
-    assert heap.first() is sequences[0]
-    heap.discard(sequences[0])
-    assert heap.first() is sequences[1]
+
+
+def test_one_that_comes_back_into_a_heap_goes_by_its_new_key() -> None:
+    heap, (first, second) = SequenceHeap(), (waiting("a"), waiting("b"))
+    heap.push((1,), first)
+    heap.push((5,), second)
+    heap.discard(first)
+    heap.push((5,), first)
+    assert heap.first() is second
+    heap.discard(second)
+    assert heap.first() is first
 
 
 def test_one_tenant_may_fill_the_queue_but_not_for_the_others() -> None:
@@ -197,6 +207,23 @@ def test_the_wait_is_estimated_from_requests_that_ran_while_there_was_work() -> 
     assert retry_after() == pytest.approx(20.0)
     queue.pace.end(10000.0)
     assert retry_after() == MAX_RETRY_AFTER
+
+
+def test_neither_idle_hours_nor_who_gave_up_waiting_count() -> None:
+    harness = Harness(EngineConfig(num_blocks=8, max_num_seqs=1, max_num_waiting=4))
+    for start in (2000.0, 9000.0):
+        harness.now = start
+        harness.add(request(f"a{start}", [1], max_tokens=1), request(f"b{start}", [2], max_tokens=1))
+        for _ in range(2):
+            harness.now += 3.0
+            harness.step()
+    harness.add(*(request(f"r{i}", [3]) for i in range(4)))
+    for i in range(4):
+        harness.abort(f"r{i}")
+    harness.add(*(request(f"s{i}", [3]) for i in range(4)))
+    with pytest.raises(Overloaded) as refused:
+        harness.add(request("one more", [3]))
+    assert refused.value.retry_after == pytest.approx(3.0 * 5)
 
 
 def test_pace_follows_the_last_ones() -> None:

@@ -204,6 +204,9 @@ def test_one_aborted_while_it_runs_alone_leaves_nobody_to_blame() -> None:
 def test_a_suspect_among_nobody_runs_like_any_other() -> None:
     harness = Harness(replace(CONFIG, depth=2))
     harness.add(suspect("s", range(50, 55)))
+    assert harness.scheduler.stats().num_waiting_tokens == 5
+    harness.submit()
+    assert harness.scheduler.stats().num_waiting_tokens == 0
     harness.drain()
     harness.check_ended()
     assert harness.steps == [("s",)] * 8
