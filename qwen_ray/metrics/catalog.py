@@ -89,6 +89,8 @@ REPLICA: tuple[Metric, ...] = (
     Metric("vllm:request_inference_time_seconds", "histogram", "From the first step to the last token.", (), REQUEST),
     Metric("vllm:iteration_tokens_total", "histogram", "Tokens of one step.", (), BATCH),
     Metric("vllm:cache_config_info", "gauge", "Sizes of the KV cache.", ("block_size", "num_gpu_blocks")),
+    Metric("qwen_ray_sequences_set_aside", "gauge", "Sequences that run alone: ranks died under them."),
+    Metric("qwen_ray_ended_early_total", "counter", "Requests refused, overdue or found poisonous.", ("why",)),
     Metric("qwen_ray_waiting_tokens", "gauge", "Prompt tokens still to be computed."),
     Metric("qwen_ray_kv_blocks", "gauge", "KV blocks: all, held by sequences, cached and evictable.", ("state",)),
     Metric("qwen_ray_computed_prompt_tokens_total", "counter", "Prompt tokens computed, prefix hits not counted."),

@@ -191,6 +191,12 @@ class ReplicaRecorder:
             "vllm:prefix_cache_hits_total": engine.prefix_hits_total,
             "vllm:num_preemptions_total": engine.preemptions_total,
             "vllm:cache_config_info": {(str(engine.block_size), str(engine.num_blocks)): 1.0},
+            "qwen_ray_sequences_set_aside": engine.num_set_aside,
+            "qwen_ray_ended_early_total": {
+                ("refused",): engine.refused_total,
+                ("overdue",): engine.overdue_total,
+                ("poisonous",): engine.poisonous_total,
+            },
             "qwen_ray_waiting_tokens": engine.num_waiting_tokens,
             "qwen_ray_kv_blocks": {
                 ("total",): engine.num_blocks,
