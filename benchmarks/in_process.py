@@ -19,7 +19,7 @@ from qwen_ray.core.step import StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
 from qwen_ray.worker.worker import Worker
 
-PROMPT_TOKENS = 128
+PROMPT_TOKENS = 32
 
 
 class OneRank:
@@ -28,7 +28,6 @@ class OneRank:
     def __init__(self, spec: ReplicaSpec) -> None:
         self.worker = Worker(spec, 0)
         self.worker.load()
-        self.worker.allocate()
         self.worker.join(Rendezvous(address="", name="benchmark"))
         self.worker.warm_up()
 

@@ -60,9 +60,8 @@ class Worker(Protocol):
     """What a rank needs of `worker.worker.Worker`."""
 
     def load(self, on_progress: Callable[[int, int], None]) -> None: ...
-    def allocate(self) -> None: ...
     def join(self, rendezvous: Rendezvous) -> None: ...
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> int: ...
     def execute(self, batch: StepBatch) -> StepResult | None: ...
     def move_experts(self, move: MoveExperts) -> None: ...
     def expert_slots(self) -> ExpertSlots: ...
@@ -177,7 +176,6 @@ class RankActor:
 
         self._worker = self._worker_class(spec, self._rank)
         self._worker.load(report)
-        self._worker.allocate()
 
     def _serve(self) -> None:
         worker, channel = self._worker, self._channel
@@ -234,9 +232,11 @@ def _do(worker: Worker, message: StepBatch | MoveExperts | Join) -> StepResult |
         worker.move_experts(message)
         return None
     worker.join(Rendezvous(address=message.address, name=message.name))
-    if message.warm_up:
-        worker.warm_up()
-    return Joined()
+    if not message.warm_up:
+        return Joined()
+    started = time.monotonic()
+    num_tokens = worker.warm_up()
+    return Joined(num_tokens=num_tokens, seconds=time.monotonic() - started)
 
 
 def describe(message: StepBatch | MoveExperts | Join) -> str:

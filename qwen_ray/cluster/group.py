@@ -21,7 +21,7 @@ from qwen_ray.cluster.actor import WATCH, WORKER, RankActor
 from qwen_ray.cluster.channel import Channel, Listener, listen
 from qwen_ray.cluster.placement import actor_options, place, release
 from qwen_ray.cluster.rank_handle import RankHandle
-from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Join, Progress, RankMessage, Stop
+from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Join, Joined, Progress, RankMessage, Stop
 from qwen_ray.cluster.repair import Repair
 from qwen_ray.cluster.wire import ChannelClosed
 from qwen_ray.core.errors import RankFailed
@@ -54,6 +54,7 @@ class RankGroup:
     ) -> None:
         self.spec = spec
         self.experts = spec.plan.experts  # where they lay when the ranks started, or were repaired
+        self.warm_up = Joined()  # the first step that all took when they started: its tokens, and its time
         self.failure: RankFailed | None = None
         self.on_result: Callable[[StepResult], None] = lambda result: None
         self.on_failure: Callable[[RankFailed], None] = lambda failure: None
@@ -174,7 +175,8 @@ class RankGroup:
         ranks = await _all(self._create(number) for number in range(self.spec.plan.world_size))
         await _all(self._connect(rank) for rank in ranks)
         await _all(rank.load(None) for rank in ranks)
-        await self._meet(warm_up=True)
+        joined = await self._meet(warm_up=True)
+        self.warm_up = max(joined, key=lambda answer: answer.seconds)
 
     async def _create(self, number: int) -> RankHandle:
         """A new actor in the place of that rank."""
@@ -200,12 +202,13 @@ class RankGroup:
             rank.break_(f"it did not start within {self._placement_seconds:.0f} s")
             raise RankFailed(rank.number, rank.reason) from None
 
-    async def _meet(self, *, warm_up: bool) -> None:
+    async def _meet(self, *, warm_up: bool) -> list[Joined]:
         self._num_meetings += 1
         address = await self._ranks[0].call("free_address")
         join = Join(address=address, name=f"{self._name}-{self._num_meetings}", warm_up=warm_up)
-        await _all(rank.join(join) for rank in self._ranks.values())
+        joined = await _all(rank.join(join) for rank in self._ranks.values())
         self._is_serving = True
+        return joined
 
     async def _follow(self, channel: Channel[RankMessage]) -> None:
         """One rank's channel, from its first message to the end of its process."""

@@ -154,11 +154,12 @@ class RankHandle:
             self.break_(f"it did not leave its step within {seconds:.0f} s")
             raise RankFailed(self.number, self.reason) from None
 
-    async def join(self, message: Join) -> None:
+    async def join(self, message: Join) -> Joined:
         """Raises RankFailed; then it is broken, or another one has kept it from joining."""
         answer = await self._ask(message, Joined, Failed)
         if isinstance(answer, Failed):
             raise RankFailed(self.number, f"meeting the other ranks: {answer.reason}")
+        return answer
 
     async def _ask(self, message: Pause | Join, *answer_types: type[T]) -> T:
         self._answer = asyncio.get_running_loop().create_future()

@@ -15,9 +15,9 @@ class Hello:
     """A rank's first message: whose channel this is. `life` tells it from a process that was this rank before."""
 
     rank: int
-    life: int
-    pid: int
-    node_id: str
+    life: int = 0
+    pid: int = 0
+    node_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,10 @@ class Join:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """A rank's answer to Join."""
+    """A rank's answer to Join: what the warm-up computed, and how long it took."""
+
+    num_tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

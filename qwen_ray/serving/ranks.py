@@ -27,6 +27,7 @@ PLACEMENT_SECONDS = 600.0  # a cluster that scales with its load may have to sta
 # Failures without a step in between. One request that kills every rank it runs on is ended by the engine after three.
 MAX_FRUITLESS_REPAIRS = 4
 MAX_FRUITLESS = 6  # those that are answered by starting all ranks anew among them; then there is no hope
+COLD = 3.0  # so many times as long may the first step after a repair take
 
 
 class Ranks:
@@ -116,7 +117,9 @@ class Ranks:
         self._num_steps = engine.steps_total
         self.stalled_seconds = self.stalled_seconds + seconds if has_work and not has_progress else 0.0
         group = self._group
-        if group is not None and group.failure is None and self.stalled_seconds > self.patience.seconds:
+        # New ranks have not warmed up.
+        limit = self.patience.seconds * (1 if self._repaired is None else COLD)
+        if group is not None and group.failure is None and self.stalled_seconds > limit:
             group.blame(self.stalled_seconds)
 
     def step_done(self, stats: StepStats) -> None:
@@ -137,6 +140,7 @@ class Ranks:
             spec = replace(spec, plan=replace(spec.plan, experts=self._balancer.placement))
         self._group = await RankGroup.start(spec, on_progress=self._progress, placement_seconds=PLACEMENT_SECONDS)
         self._executor = RayExecutor(self._group)
+        self.patience.learn(self._group.warm_up.num_tokens, self._group.warm_up.seconds)
         self.load_seconds = time.monotonic() - started
         self.stalled_seconds = 0.0
         self.stage = "ready"

@@ -50,7 +50,6 @@ class LocalExecutor:
 
     def _start(self, on_progress: Callable[[int, int], None]) -> None:
         self._worker.load(on_progress)
-        self._worker.allocate()
         self._worker.join(Rendezvous(address="", name="local"))
         self._worker.warm_up()
 

@@ -1,9 +1,9 @@
 """One rank: its shard of the model, its KV cache, its part of every step, and its figures.
 
 Knows its `ReplicaSpec` and its number. Does not know what carries steps to it: `local.py` calls it in process, the
-cluster's actors over the network. `load` and `allocate`, each rank for itself; then, all ranks of a group together,
-`join`, `warm_up`, and `execute` for each step with `move_experts` between steps; `close`. After a failure of another
-rank, `join` again: weights and KV memory stay. Not thread-safe, `abort`, `stats` and `is_waiting` excepted.
+cluster's actors over the network. `load`, each rank for itself; then, all ranks of a group together, `join`, `warm_up`,
+and `execute` for each step with `move_experts` between steps; `close`. After a failure of another rank, `join` again:
+weights and KV memory stay. Not thread-safe, `abort`, `stats` and `is_waiting` excepted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,9 +66,10 @@ class Worker:
         )
 
     def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Build this rank's part of the model and fill it; `on_progress` hears (bytes done, bytes in all).
+        """Build this rank's part of the model and fill it, and make its KV cache.
 
-        Holds at most the shard and one tensor. Raises CheckpointError.
+        `on_progress` hears (bytes done, bytes in all). Holds at most the shard, the cache and one tensor. Raises
+        CheckpointError.
         """
         self._use_threads()
         started = time.perf_counter()
@@ -85,41 +88,45 @@ class Worker:
         checkpoint = open_checkpoint(
             Path(spec.path), spec.config, self._dtype, spec.load_format, device=self._device, on_read=on_read
         )
-        model.load(checkpoint)
-        checkpoint.check_extra(self.shard.layers)
-        self._model = model
+        allocate: Callable[[], int] = partial(self._allocate, model)
+        with ThreadPoolExecutor(max_workers=1) as other_thread:
+            if self._device.type == "cpu":  # the system takes as long to give the memory as we to read: both at once
+                allocate = other_thread.submit(allocate).result
+            model.load(checkpoint)
+            checkpoint.check_extra(self.shard.layers)
+            kv_bytes = allocate()
         give_back_memory()
+        self._model = model
+        self._runner = Runner(model, block_size=spec.engine.block_size, device=self._device)
         self._stats = replace(
             self._stats,
             weights_bytes=total,
+            kv_bytes=kv_bytes,
             bytes_read=self._stats.bytes_read + checkpoint.bytes_read,
             load_seconds=time.perf_counter() - started,
             num_loads=self._stats.num_loads + 1,
         )
         logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
 
-    def allocate(self) -> None:
-        """Make the KV cache."""
-        assert self._model is not None, "load first"
+    def _allocate(self, model: Stage) -> int:
+        """The KV cache; returns its bytes."""
         engine = self._spec.engine
-        kv_bytes = kv_cache.allocate(
-            self._model.attentions,
+        return kv_cache.allocate(
+            model.attentions,
             num_blocks=engine.num_blocks,
             block_size=engine.block_size,
             dtype=self._dtype,
             device=self._device,
         )
-        self._stats = replace(self._stats, kv_bytes=kv_bytes)
-        self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Meet the other ranks of the group, and forget all sequences. May be done again. Raises as `Groups.join`."""
-        assert self._runner is not None, "allocate first"
+        assert self._runner is not None, "load first"
         self._groups.join(rendezvous)
         self._runner.forget()
 
-    def warm_up(self) -> None:
-        """Run a first step: what cannot fit fails now, not under load.
+    def warm_up(self) -> int:
+        """Run a first step: what cannot fit fails now, not under load. Returns how many tokens it had.
 
         On a GPU it is the largest step there can be. On a CPU, where that would take long and the memory goes back to
         the system anyway, it is a small one: libraries set themselves up. Every dp rank takes the same one.
@@ -128,13 +135,15 @@ class Worker:
         self._use_threads()
         engine = self._spec.engine
         most = engine.max_num_batched_tokens if self._device.type == "cuda" else CPU_WARM_UP_TOKENS
-        Runner(self._model, block_size=engine.block_size, device=self._device).run(first_step(engine, most))
+        batch = first_step(engine, most)
+        Runner(self._model, block_size=engine.block_size, device=self._device).run(batch)
         give_back_memory()
         self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
+        return batch.num_tokens
 
     def execute(self, batch: StepBatch) -> StepResult | None:
         """Run this rank's part of one step; the answer comes from the one rank of a dp rank that samples."""
-        assert self._runner is not None, "allocate first"
+        assert self._runner is not None, "load first"
         self._use_threads()
         started = time.perf_counter()
         result = self._runner.run(batch)

@@ -25,7 +25,6 @@ def serve(rank: int, spec: ReplicaSpec, address: str, channel_address: str) -> R
     worker = Worker(spec, rank)
     try:
         worker.load()
-        worker.allocate()
         worker.join(Rendezvous(address=address, name="test-steps"))
         worker.warm_up()
         channel.send(Hello(rank=rank))

@@ -24,7 +24,6 @@ def live(rank: int, spec: ReplicaSpec, address: str, batches: list[StepBatch]) -
     seen = [(0, 0)]
     try:
         worker.load(lambda done, total: seen.append((done, total)))
-        worker.allocate()
         worker.join(Rendezvous(address=address, name="test-worker"))
         worker.warm_up()
         results = [worker.execute(batch) for batch in batches]

@@ -86,16 +86,15 @@ class Stub:
         for done in range(1001):
             on_progress(done, 1000)
 
-    def allocate(self) -> None: ...
-
     def join(self, rendezvous: Rendezvous) -> None:
         if rendezvous.address == "nowhere":
             raise ConnectionError("nobody came")
         self._is_aborted.clear()
         self._met.append(rendezvous.name)
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> int:
         self._met.append("warm")
+        return 5
 
     def execute(self, batch: StepBatch) -> StepResult | None:
         if batch.step_id == 13:
@@ -222,7 +221,9 @@ async def start(
     assert len(progress) < 20  # of 1001 reports: a channel is not flooded
     channel.send(StepBatch(step_id=2, chunks=()))  # it has met nobody yet
     channel.send(JOIN)
-    assert await next_news(channel) == Joined()
+    joined = await next_news(channel)
+    assert isinstance(joined, Joined)
+    assert joined.num_tokens == 5
     return rank, channel
 
 

@@ -28,7 +28,6 @@ def start(num_layers, kv_memory_bytes):
     spec = chosen.replica_spec(name="test", path="", load_format="dummy")
     worker = Worker(spec, 0)
     worker.load()
-    worker.allocate()
     worker.join(Rendezvous(address="", name="test"))
     worker.warm_up()
     return worker, chosen
