@@ -54,7 +54,7 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         num_replicas=settings.http.num_ingress,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": DEPLOYMENT_CPUS},
-        health_check_period_s=5,
+        health_check_period_s=2,
         # Streams go on until they end: in an update beside the new ingress, which comes first.
         graceful_shutdown_timeout_s=settings.http.drain_timeout + CLOSE_SECONDS,
         max_surge_percent=100,
