@@ -17,6 +17,7 @@ from qwen_ray.serving.link import Link
 
 PATIENCE_OF_BEGUN = 10  # a large model takes minutes to load, and nobody wants half an answer
 MAX_FRUITLESS = 2  # deaths of its replicas, without progress in between: then the request itself is suspected
+MAX_NEAR = 3  # deaths that a suspect was near, and perhaps not in: a replica that dies at once says nothing of it
 # Tokens: coming back gives one, from a prefill; the second is the first of a step such as the one that may have killed.
 PROGRESS = 2
 
@@ -82,6 +83,7 @@ class Journal:
         "link",
         "num_attempts",
         "num_fruitless",
+        "num_near",
         "request",
         "stream",
         "tokens",
@@ -95,6 +97,7 @@ class Journal:
         self.link: Link | None = None
         self.num_attempts = 0
         self.num_fruitless = 0  # deaths of replicas that ran it, without progress in between
+        self.num_near = 0  # deaths of replicas that it waited on as a suspect, not started as far as one was told
         self.cleared_at = 0  # tokens with which it has made progress
         self.has_started = False  # this attempt, as far as one is told
         self.has_been_accepted = False  # it had a place in a queue before: a full one cannot refuse it
@@ -124,10 +127,13 @@ class Journal:
         self.link, self.waits_until, self.has_started = link, math.inf, False
 
     def blame(self) -> None:
-        """Its replica has died. Of several suspects on it, those that had not started are innocent."""
-        if self.has_started or not self.is_suspect:
-            self.num_fruitless += 1
-            self.cleared_at = len(self.tokens) + PROGRESS
+        """Its replica has died. A suspect that had not started is innocent, unless that happens again and again."""
+        if self.is_suspect and not self.has_started:
+            self.num_near += 1
+            if self.num_near < MAX_NEAR:
+                return
+        self.num_fruitless += 1
+        self.cleared_at = len(self.tokens) + PROGRESS
 
     def next_attempt(self) -> GenerateRequest:
         self.num_attempts += 1
@@ -140,5 +146,5 @@ class Journal:
             return
         self.tokens.extend(delta.token_ids)
         if len(self.tokens) >= self.cleared_at:
-            self.num_fruitless = 0
+            self.num_fruitless = self.num_near = 0
         self.stream.put(self.request.request_id, delta)
