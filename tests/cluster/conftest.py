@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import pytest
 import ray
 from served import Answer, demo_answers
 
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER))  # for `tiny_ranks`
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A local Ray that nobody else shares, without dashboard and telemetry; gone when the session ends."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))  # of ranks
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     yield
     ray.shutdown()

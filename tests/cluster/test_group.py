@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
-import torch
-from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tiny_ranks import (
+    PROMPTS,
+    continuations,
+    dense_model,
+    everything_is_free,
+    is_alive,
+    make_spec,
+    moe_model,
+    running,
+    until,
+)
 
 from qwen_ray.cluster.executor import RayExecutor
 from qwen_ray.cluster.group import RankGroup
 from qwen_ray.core.errors import CheckpointError, PlanRefused, RankFailed
-from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
+from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
 from qwen_ray.core.stats import StepStats
 from qwen_ray.core.step import Chunk, MoveExperts, NewSequence, StepBatch
@@ -32,7 +36,6 @@ from qwen_ray.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-PROMPTS = [(5, 9, 200, 17), tuple(range(2, 40)), (7,) * 9]
 NUM_TOKENS = 12
 ONE_TOKEN = NewSequence(
     sequence_id=1, token_ids=(5,), num_prompt_tokens=1, sampling=SamplingParams(), seed=0, stop_token_ids=()
@@ -46,76 +49,14 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 of 3 layers, 6 heads and 2 KV heads, in float32."""
     path = tmp_path_factory.mktemp("tiny-qwen2")
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=320,
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            tie_word_embeddings=False,
-        )
-    )
-    model.save_pretrained(path)
+    dense_model().save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> list[list[int]]:
-    return continuations(Qwen2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
-
-
-def continuations(model: PreTrainedModel) -> list[list[int]]:
-    """transformers' greedy continuation of each prompt."""
-    ends: list[list[int]] = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            out = model.generate(  # pyright: ignore[reportCallIssue]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        ends.append(out[0, len(prompt) :].tolist())
-    return ends
-
-
-def make_spec(path: Path, *, tp: int = 1, pp: int = 1, ep: int = 1) -> ReplicaSpec:
-    config = ModelConfig.from_dict(json.loads((path / "config.json").read_text()))
-    plan = ParallelPlan.of(config, tp=tp, pp=pp, ep=ep)
-    return ReplicaSpec(
-        name="tiny",
-        path=str(path),
-        config=config,
-        plan=plan,
-        engine=EngineConfig(
-            num_blocks=32,
-            max_model_len=128,
-            max_num_seqs=4,
-            max_num_batched_tokens=32,
-            depth=pp,
-            dp_attention=plan.dp_attention,
-        ),
-        dtype="float32",
-    )
-
-
-@asynccontextmanager
-async def running(spec: ReplicaSpec, **options: Any) -> AsyncIterator[RankGroup]:
-    group = await RankGroup.start(spec, **options)
-    try:
-        yield group
-    finally:
-        await group.stop()
+def expected() -> list[list[int]]:
+    return continuations(dense_model(), NUM_TOKENS)
 
 
 async def generate(group: RankGroup, moves: Sequence[MoveExperts] = ()) -> list[list[int]]:
@@ -147,28 +88,6 @@ async def generate(group: RankGroup, moves: Sequence[MoveExperts] = ()) -> list[
     return list(tokens.values())
 
 
-def is_alive(pid: int) -> bool:
-    """Of a process that is there and no zombie waiting to be reaped by its raylet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-async def until(holds: Callable[[], bool], seconds: float = 20) -> bool:
-    """Whether `holds()` comes true in time."""
-    for _ in range(int(seconds / 0.05)):
-        if holds():
-            return True
-        await asyncio.sleep(0.05)
-    return holds()
-
-
-def everything_is_free() -> bool:
-    states = {table["state"] for table in placement_group_table().values()}
-    return states <= {"REMOVED"} and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
-
-
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (3, 2)])
 async def test_same_tokens_as_transformers_and_nothing_left(
     checkpoint: Path, expected: list[list[int]], tp: int, pp: int
@@ -189,28 +108,13 @@ async def test_same_tokens_as_transformers_and_nothing_left(
 
 
 async def test_dp_ranks_share_experts_that_move_and_a_death_among_them_ends_all(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=320,
-            hidden_size=48,
-            moe_intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_experts=5,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-        )
-    ).eval()
+    model = moe_model()
     model.save_pretrained(tmp_path)
     moves = [
         MoveExperts(layer=i % 2, slots=((i, (i + 1) % 5, (i + 2) % 5), ((i + 3) % 5, (i + 4) % 5))) for i in range(5)
     ]
     async with running(make_spec(tmp_path, ep=2)) as group:
-        assert await generate(group, moves) == continuations(model)
+        assert await generate(group, moves) == continuations(model, NUM_TOKENS)
         stats = await group.stats()
         assert [(s.rank, s.stage, s.dp_rank, s.tp_rank, s.ep_rank) for s in stats] == [(0, 0, 0, 0, 0), (1, 0, 1, 0, 1)]
         assert stats[0].num_steps == stats[1].num_steps
