@@ -73,6 +73,7 @@ INGRESS: tuple[Metric, ...] = (
     ),
     Metric("qwen_ray_hand_overs_total", "counter", "Sequences carried on by another replica."),
     Metric("qwen_ray_open_sequences", "gauge", "Sequences whose answer is not complete."),
+    Metric("qwen_ray_unplaced_sequences", "gauge", "Of them, those that wait for a replica to be ready."),
     Metric("qwen_ray_replicas", "gauge", "Replicas that this ingress is connected to.", ("state",)),
 )
 

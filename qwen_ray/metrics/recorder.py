@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from qwen_ray.core.stats import EngineStats, ExpertLoad, RankStats, RepairTimes, RequestTimes, StepStats
 from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Metric, Owner
 
+REPLICA_STATES = ("loading", "ready", "repairing", "draining", "failed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -92,24 +93,30 @@ class IngressRecorder:
 
     def __init__(self, model: str, ingress: str) -> None:
         self.registry = CollectorRegistry()
-        sampled = ("qwen_ray_open_sequences", "qwen_ray_replicas")
+        sampled = ("qwen_ray_open_sequences", "qwen_ray_unplaced_sequences", "qwen_ray_replicas")
         names = [metric.name for metric in BY_OWNER["ingress"] if metric.name not in sampled]
         self._instruments = Instruments(self.registry, "ingress", names, (model, ingress))
         for reason in FINISH_REASONS:
             self._instruments.count("vllm:request_success_total", 0, reason)
         self._process = (model, ingress)
         self.registry.register(Snapshot("ingress", self._read))
-        self._state: Callable[[], tuple[int, Mapping[str, int]]] = lambda: (0, {})
+        self._state: Callable[[], tuple[int, int, Mapping[str, int]]] = lambda: (0, 0, {})
 
-    def watch(self, state: Callable[[], tuple[int, Mapping[str, int]]]) -> None:
-        """`state` gives (open sequences, replicas by state) when somebody collects."""
+    def watch(self, state: Callable[[], tuple[int, int, Mapping[str, int]]]) -> None:
+        """`state` gives (open sequences, those that wait for a replica, replicas by state) when somebody collects."""
         self._state = state
 
     def _read(self) -> Iterable[tuple[Sequence[str], Values]]:
-        open_sequences, replicas = self._state()
-        states = {"loading": 0, "ready": 0, "failed": 0, **replicas}
-        by_state = {(state,): float(count) for state, count in states.items()}
-        yield self._process, {"qwen_ray_open_sequences": open_sequences, "qwen_ray_replicas": by_state}
+        num_open, num_unplaced, replicas = self._state()
+        states = {**dict.fromkeys(REPLICA_STATES, 0), **replicas}
+        yield (
+            self._process,
+            {
+                "qwen_ray_open_sequences": num_open,
+                "qwen_ray_unplaced_sequences": num_unplaced,
+                "qwen_ray_replicas": {(state,): float(count) for state, count in states.items()},
+            },
+        )
 
     def http_request(self, route: str, status: int) -> None:
         self._instruments.count("qwen_ray_http_requests_total", 1, route, str(status))

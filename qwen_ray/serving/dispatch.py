@@ -88,6 +88,11 @@ class Dispatcher:
     def num_sequences(self) -> int:
         return len(self._journals)
 
+    @property
+    def num_waiting(self) -> int:
+        """Of the sequences, those that wait for a replica."""
+        return len(self._waiting)
+
     def check_ready(self) -> None:
         """Raises NotReady, saying why, unless some replica can take requests and makes progress."""
         if self._takers:

@@ -73,7 +73,11 @@ class Ingress:
             in_place=in_place,
         )
         recorder.watch(
-            lambda: (self._dispatcher.num_sequences, Counter(status.state for status in self._dispatcher.statuses))
+            lambda: (
+                self._dispatcher.num_sequences,
+                self._dispatcher.num_waiting,
+                Counter(status.state for status in self._dispatcher.statuses),
+            )
         )
         fleet = Fleet(ingress, self._dispatcher, recorder, lambda: self._directory.list("ingress"), open_channel)
         self._service = Service(

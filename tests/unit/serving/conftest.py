@@ -226,7 +226,7 @@ class Server:
         for number in range(num_replicas):
             await self.add_replica(f"replica-{number}")
         await self.dispatcher.start()
-        self.recorder.watch(lambda: (self.dispatcher.num_sequences, {"ready": len(self.dispatcher.links)}))
+        self.recorder.watch(lambda: (self.dispatcher.num_sequences, 0, {"ready": len(self.dispatcher.links)}))
         model = Model(
             name="tiny",
             source="nowhere",
