@@ -66,7 +66,7 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": DEPLOYMENT_CPUS},
         autoscaling_config=autoscaling_config(model),
         health_check_period_s=2,
-        health_check_timeout_s=30,
+        health_check_timeout_s=20,  # three in a row, and it is replaced; ingresses have long gone elsewhere
         # No request goes through Serve's handles, so there is none to wait for: the replica drains itself.
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.http.drain_timeout + CLOSE_SECONDS,

@@ -17,6 +17,8 @@ ENVIRONMENT: dict[str, str] = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # HAProxy takes a change of the ingresses in by starting anew; the old process goes on with its streams for so long.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # Whoever fails its health checks does not drain any more; it would hold its GPUs for as long as draining may take.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # A dead proxy is missed after three looks; by default that is half a minute without a way in.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # A request whose ingress went away before it said anything goes to another one; replicas forget the first.
