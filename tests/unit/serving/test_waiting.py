@@ -184,9 +184,11 @@ async def test_a_draining_replica_is_relieved_and_let_go(town: Town) -> None:
     first.state = "draining"
     await town.pause()
     tasks += town.start(request("c", 40))  # nobody is ready, and nobody is expected for long: see the next test
+    await first.sessions.until_released(0.01)
     assert first.sessions._channels
     second = town.add()
-    await town.until(lambda: not first.sessions._channels)
+    await first.sessions.until_released(10.0)
+    assert not first.sessions._channels
     assert [len(tokens) for tokens, _, _ in await asyncio.gather(*tasks)] == [40] * 3
     assert all(one.output_token_ids for one in second.requests[:2])
     assert first.engine.stats().num_used_blocks == 0
