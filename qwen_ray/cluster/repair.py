@@ -64,6 +64,7 @@ class Repair:
         try:
             while True:
                 self._changed.clear()
+                self._agree()
                 for number, rank in self._ranks.items():
                     if number not in working and (rank.is_broken or number not in self._paused):
                         work = self._replace(rank) if rank.is_broken else self._pause(rank, patience)
@@ -71,7 +72,6 @@ class Repair:
                 if not working:
                     return
                 await self._wait(working)
-                self._agree()
         finally:
             for task in working.values():
                 task.cancel()
