@@ -57,6 +57,7 @@ class Place:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # no connection idles here
             "QWEN_RAY_TEST_REPLICAS": str(wanted),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
