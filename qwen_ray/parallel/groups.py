@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from qwen_ray.core.plan import Rendezvous, Shard
 from qwen_ray.parallel.board import Wait
@@ -96,14 +97,17 @@ class Groups:
         """Leave what was, and meet the other ranks; every rank of the plan has to call this.
 
         `timeout` in seconds bounds each later operation: a last resort, for peers that hang without dying. Raises
-        OSError or torch's DistError; then this rank is alone, and may join again.
+        OSError; then this rank is alone, and may join again.
         """
         self.close()
         if self._shard.world_size == 1:
             return
         with self._lock:
             self._wait = wait = Wait(min(MEETING_SECONDS, timeout))
-        connections = meet(self._shard, rendezvous, self._device, wait, timeout=timeout)
+        try:
+            connections = meet(self._shard, rendezvous, self._device, wait, timeout=timeout)
+        except dist.DistError as error:
+            raise ConnectionResetError(f"the meeting of the ranks has ended: {error}") from error
         with self._lock:
             self._wait = None
             if not wait.is_aborted:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from rank_processes import CPU
@@ -79,6 +82,75 @@ def aborted_while_waiting(rank: int, tp: int, pp: int, address: str) -> str:
         timer.join()
         groups.close()
     return "no error"
+
+
+@dataclass
+class Kept:
+    """What a rank's process holds from one call of a test to the next, as layers would."""
+
+    groups: Groups
+    all_reduce: Callable[[torch.Tensor], torch.Tensor]
+
+
+KEPT: dict[str, Kept] = {}  # of this process
+
+
+def joined_until_a_death(rank: int, tp: int, pp: int, address: str, name: str, dying: int) -> bool:
+    """Steps on the group that this process has, or on a new one, until `dying` kills itself. Whether it was there."""
+    part = shard(rank, tp, pp)
+    is_new = str(rank) not in KEPT
+    if is_new:
+        groups = Groups(part, CPU)
+        KEPT[str(rank)] = Kept(groups, groups.tensor.all_reduce)
+    kept = KEPT[str(rank)]
+    kept.groups.join(Rendezvous(address=address, name=name), timeout=LONG)
+    assert kept.all_reduce(torch.ones(3)).tolist() == [tp] * 3
+    try:
+        for i in itertools.count():
+            if i == 3 and rank == dying:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(kept.groups, part)
+    except OSError:
+        kept.groups.abort()
+    for operation in (kept.all_reduce, lambda x: step(kept.groups, part)):
+        with contextlib.suppress(OSError):
+            operation(torch.ones(3))
+            assert tp == 1, "aborted groups raise"
+    return not is_new
+
+
+def forget(rank: int) -> None:
+    """Leave the group that this process has kept."""
+    if (kept := KEPT.pop(str(rank), None)) is not None:
+        kept.groups.close()
+
+
+def meets_nobody(rank: int, address: str, missing: int) -> tuple[list[bool], int, float]:
+    """Rank `missing` of three does not come: the others are told to stop, by a thread and then by the clock.
+
+    Whether it thinks that it has met them, how many files stay open, and what is summed when all have come in the end.
+    """
+    part = shard(rank, 3, 1)
+    groups = Groups(part, CPU)
+    before = len(os.listdir("/proc/self/fd"))
+    has_met: list[bool] = []
+    for name, timeout in (("aborted", LONG), ("late", 0.5)):
+        timer = threading.Timer(0.3, groups.abort)
+        if name == "aborted":
+            timer.start()
+        try:
+            if rank != missing:
+                groups.join(Rendezvous(address=address, name=name), timeout=timeout)
+        except OSError:
+            has_met.append(False)
+        else:
+            has_met.append(True)
+        timer.cancel()
+    after = len(os.listdir("/proc/self/fd"))
+    groups.join(Rendezvous(address=address, name="all"), timeout=30)
+    total = groups.tensor.all_reduce(torch.tensor([float(rank)])).item()
+    groups.close()
+    return has_met, after - before, total
 
 
 def one_step(rank: int, tp: int, pp: int, address: str, name: str) -> float:

@@ -102,6 +102,9 @@ def test_ranks_answer_as_one_does(ranks: Ranks, spec: ReplicaSpec, alone: Life, 
         if not samples[rank]:
             assert life.results == [None] * len(BATCHES)
     answers = lives[samples.index(True)].results
+    assert [replace(r, seconds=0.0) for r in lives[samples.index(True)].again if r] == [
+        replace(r, seconds=0.0) for r in answers if r
+    ]
     for answer, expected in zip(answers, alone.results, strict=True):
         assert answer is not None
         assert expected is not None

@@ -15,6 +15,7 @@ class Life:
     """What one rank went through."""
 
     results: list[StepResult | None]
+    again: list[StepResult | None]  # the same steps, after all have met anew
     stats: RankStats
     progress: tuple[int, int]
 
@@ -27,6 +28,10 @@ def live(rank: int, spec: ReplicaSpec, address: str, batches: list[StepBatch]) -
         worker.join(Rendezvous(address=address, name="test-worker"))
         worker.warm_up()
         results = [worker.execute(batch) for batch in batches]
-        return Life(results, worker.stats(), seen[-1])
+        stats = worker.stats()
+        worker.join(Rendezvous(address=address, name="test-worker-again"))
+        again = [worker.execute(batch) for batch in batches]
+        assert worker.stats().num_loads == 1
+        return Life(results, again, stats, seen[-1])
     finally:
         worker.close()
