@@ -60,7 +60,7 @@ check: dev
 	$(PYTEST) tests/test_architecture.py tests/unit
 
 test: dev
-	$(PYTEST) $(NO_GPU_TIER) tests
+	$(PYTEST) $(NO_GPU_TIER) --ignore=tests/chaos tests
 
 chaos: dev
 	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s tests/chaos $(ARGS)
