@@ -60,10 +60,10 @@ check: dev
 	$(PYTEST) tests/test_architecture.py tests/unit
 
 test: dev
-	$(PYTEST) $(NO_GPU_TIER) --ignore=tests/chaos tests
+	$(PYTEST) $(NO_GPU_TIER) -m "not chaos" tests
 
 chaos: dev
-	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s tests/chaos $(ARGS)
+	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s -m chaos tests/chaos tests/cluster $(ARGS)
 
 bench: install
 	@$(BIN)/qwen-ray bench $(ARGS)

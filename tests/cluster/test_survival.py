@@ -27,6 +27,8 @@ from tiny_model import write_tiny_model
 from qwen_ray.commands.ports import free_ports
 from qwen_ray.serving.environment import ENVIRONMENT
 
+pytestmark = pytest.mark.chaos
+
 NUM_CLIENTS = 6
 HERE = Path(__file__).parent
 
