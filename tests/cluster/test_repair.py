@@ -31,7 +31,6 @@ from qwen_ray.core.stats import RepairTimes
 from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
 
-
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.chaos]
 
 NUM_TOKENS = 30
