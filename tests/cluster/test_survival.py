@@ -161,7 +161,7 @@ async def test_the_only_replica_dies_and_requests_wait(place: Place) -> None:
     async def blow() -> None:
         (replica,) = place.replicas()
         os.kill(replica["pid"], signal.SIGKILL)
-        await _until(lambda: not place.replicas() or place.replicas()[0]["pid"] != replica["pid"])
+        await _until(lambda: replica["pid"] not in [other["pid"] for other in place.replicas()])
         await _until(lambda: _is_ready(place))
 
     verdict = await place.under_load(blow)
