@@ -30,7 +30,7 @@ class RayExecutor:
         self._num_dp_ranks = group.spec.plan.dp_attention
         self._in_flight: dict[int, _Step] = {}
         group.on_result = self._resolve
-        group.on_failure = self._fail
+        group.on_failure = self.fail
 
     def submit(self, batch: StepBatch) -> asyncio.Future[StepResult]:
         """Sends the batch, encoded once for each dp rank, before it returns."""
@@ -40,7 +40,7 @@ class RayExecutor:
         try:
             self._group.send([RANK_CODEC.encode(part) for part in parts])
         except RankFailed as failure:
-            self._fail(failure)
+            self.fail(failure)
         return future
 
     def move_experts(self, move: MoveExperts) -> None:
@@ -59,7 +59,8 @@ class RayExecutor:
         if not step.result.done():
             step.result.set_result(part if self._num_dp_ranks == 1 else StepResult.joined(step.parts))
 
-    def _fail(self, failure: RankFailed) -> None:
+    def fail(self, failure: RankFailed) -> None:
+        """Ends every step in flight."""
         steps, self._in_flight = self._in_flight, {}
         for step in steps.values():
             if not step.result.done():

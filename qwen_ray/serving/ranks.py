@@ -33,7 +33,8 @@ COLD = 3.0  # so many times as long may the first step after a repair take
 class Ranks:
     """`start`, then `recover` after every RankFailed that a step ends with, then `stop`."""
 
-    def __init__(self, spec: ReplicaSpec, balancer: ExpertBalancer | None) -> None:
+    def __init__(self, spec: ReplicaSpec, balancer: ExpertBalancer | None, on_failure: Callable[[], None]) -> None:
+        """`on_failure` is called when they fail between two steps: in a step, whoever waits for it hears of it."""
         self.stage = "starting"
         self.bytes = (0, 0)  # of weights: read, and in all, 0 while unknown
         self.load_seconds = 0.0
@@ -44,6 +45,7 @@ class Ranks:
         self.patience = Patience(spec.engine.depth)
         self._spec = spec
         self._balancer = balancer
+        self._on_failure = on_failure
         self._group: RankGroup | None = None
         self._executor: RayExecutor | None = None
         self._num_fruitless = 0
@@ -55,11 +57,12 @@ class Ranks:
     # The engine's executor.
 
     def submit(self, batch: StepBatch) -> asyncio.Future[StepResult]:
+        executor = self._running()
         self.patience.expect(batch.num_tokens)
         if self._num_in_flight == 0:
             self._progressed = time.monotonic()
         self._num_in_flight += 1
-        return self._running().submit(batch)
+        return executor.submit(batch)
 
     def move_experts(self, move: MoveExperts) -> None:
         self._running().move_experts(move)
@@ -68,6 +71,10 @@ class Ranks:
         if self._executor is None:
             raise RankFailed(-1, "no ranks are running")
         return self._executor
+
+    @property
+    def failure(self) -> RankFailed | None:
+        return self._group.failure if self._group is not None else None
 
     async def stats(self) -> tuple[RankStats, ...]:
         """Of the ranks that answer, by rank; none while they start."""
@@ -138,9 +145,17 @@ class Ranks:
         spec = self._spec
         if self._balancer is not None:
             spec = replace(spec, plan=replace(spec.plan, experts=self._balancer.placement))
-        self._group = await RankGroup.start(spec, on_progress=self._progress, placement_seconds=PLACEMENT_SECONDS)
-        self._executor = RayExecutor(self._group)
-        self.patience.learn(self._group.warm_up.num_tokens, self._group.warm_up.seconds)
+        group = await RankGroup.start(spec, on_progress=self._progress, placement_seconds=PLACEMENT_SECONDS)
+        self._executor = executor = RayExecutor(group)
+
+        def fail(failure: RankFailed) -> None:
+            executor.fail(failure)
+            if not self._num_in_flight:
+                self._on_failure()
+
+        group.on_failure = fail
+        self._group = group
+        self.patience.learn(group.warm_up.num_tokens, group.warm_up.seconds)
         self.load_seconds = time.monotonic() - started
         self.stalled_seconds = 0.0
         self.stage = "ready"
@@ -157,6 +172,9 @@ class Ranks:
             times = await group.repair(self.patience.seconds)
         except QwenRayError as error:
             logger.error("the ranks cannot be repaired: %s", error)
+            return False
+        except Exception:  # Ray's own, of several kinds
+            logger.exception("the ranks cannot be repaired")
             return False
         if self._balancer is not None and group.experts is not None:
             self._balancer.placement = group.experts

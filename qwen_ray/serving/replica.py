@@ -56,7 +56,8 @@ class Replica:
         self._started = time.time()
         self._recorder = ReplicaRecorder(spec.name, self._id)
         self._balancer = ExpertBalancer(spec.plan, interval=spec.eplb_interval) if spec.plan.experts else None
-        self._ranks = Ranks(spec, self._balancer)
+        self._ranks = Ranks(spec, self._balancer, self._interrupt)
+        self._working: asyncio.Task[None] | None = None  # the engine
         self._repairing: float | None = None  # monotonic, since when
         self._sessions = Sessions(
             self._add, lambda request_id: self._engine.abort(request_id), self.status, self._answer
@@ -150,18 +151,33 @@ class Replica:
         """The engine, and after a failure ranks that work again, until there is no hope."""
         try:
             while True:
-                try:
-                    await self._engine.run()
-                    return
-                except RankFailed as failure:
-                    logger.error("%s: %s", self._id, failure)
-                    await self._recover(failure)
+                failure = await self._work()
+                logger.error("%s: %s", self._id, failure)
+                await self._recover(failure)
         except Exception as error:
             logger.exception("%s gives up", self._id)
             self._error = f"has failed: {error}"
             self._set_state("failed")
             # Channels close, so that ingresses hand over at once; check_health tells Serve.
             self._closing = asyncio.create_task(self._close())
+
+    async def _work(self) -> RankFailed:
+        """The engine, until the ranks fail: in a step, or between two, which it would not notice by itself."""
+        if (failure := self._ranks.failure) is not None:
+            return failure
+        working = self._working = asyncio.create_task(self._engine.run())
+        try:
+            await asyncio.wait((working,))
+        finally:
+            working.cancel()
+        error = None if working.cancelled() else working.exception()
+        if error is not None and not isinstance(error, RankFailed):
+            raise error
+        return error or self._ranks.failure or RankFailed(-1, "the engine has stopped")
+
+    def _interrupt(self) -> None:
+        if self._working is not None:
+            self._working.cancel()
 
     async def _recover(self, failure: RankFailed) -> None:
         self._repairing = time.monotonic()
