@@ -1,4 +1,4 @@
-"""One small Ray of our own for all cluster tests of a run."""
+"""One small Ray of our own for each module of cluster tests that wants one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))  # for `tiny_ranks`
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A local Ray that nobody else shares, without dashboard and telemetry; gone when the session ends."""
+    """A local Ray that nobody else shares, without dashboard and telemetry; gone when the module's tests have ended."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))  # of ranks
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
