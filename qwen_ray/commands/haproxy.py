@@ -22,6 +22,7 @@ from qwen_ray.config import HttpSettings, Settings
 from qwen_ray.core.errors import QwenRayError, SettingsError
 
 LOOPBACK = "127.0.0.1"
+STATISTICS, METRICS = "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"
 # The paths of sockets must be short: 107 characters, of which Serve and HAProxy add 80.
 SOCKETS, PREFIX = "/tmp", "qr-proxy-"
 
@@ -52,8 +53,7 @@ def in_front(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
     if http.ssl_certfile is not None and http.ssl_keyfile is not None:
         changes = {"host": LOOPBACK, "port": free_ports(1)[0], "ssl_certfile": None, "ssl_keyfile": None}
         plain = http.model_copy(update=changes)
-    # Ports of its own, so that two servers can run here.
-    statistics, metrics = free_ports(2)
+    ports = own_ports()
     settings.cache_dir.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=PREFIX, dir=SOCKETS) as sockets,
@@ -62,16 +62,26 @@ def in_front(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
         more = "" if plain is http else f' -f "{_write_tls(Path(folder), http, plain)}"'
         script = Path(folder) / "haproxy"
         script.write_text(
-            SCRIPT.format(statistics=statistics, metrics=metrics, loopback=LOOPBACK, haproxy=_haproxy(), more=more)
+            SCRIPT.format(
+                statistics=ports[STATISTICS], metrics=ports[METRICS], loopback=LOOPBACK, haproxy=_haproxy(), more=more
+            )
         )
         script.chmod(0o700)
         environment = {
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         }
-        yield settings.model_copy(update={"http": plain}), {**environment, **_places(Path(sockets))}
+        yield settings.model_copy(update={"http": plain}), {**environment, **ports, **_places(Path(sockets))}
+
+
+def own_ports() -> dict[str, str]:
+    """What tells Serve to take ports that no other Serve of this machine has.
+
+    Two that fell back to the same Python proxy's port would both be let in (SO_REUSEPORT), and each would get requests
+    that are the other's.
+    """
+    names = STATISTICS, METRICS, "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"
+    return {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
 
 
 def _places(folder: Path) -> dict[str, str]:

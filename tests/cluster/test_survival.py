@@ -24,6 +24,7 @@ from chaos.judge import Verdict, judge, left_over
 from chaos.load import Ask, Seen, every_kind, in_peace, until
 from tiny_model import write_tiny_model
 
+from qwen_ray.commands.haproxy import own_ports
 from qwen_ray.commands.ports import free_ports
 from qwen_ray.serving.environment import ENVIRONMENT
 
@@ -37,7 +38,7 @@ class Place:
     """The cluster, by way of the process that owns it, and what clients see of it."""
 
     def __init__(self, folder: Path) -> None:
-        port, statistics, metrics = free_ports(3)
+        (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.settings: dict[str, Any] = {
             "models": [
@@ -56,8 +57,7 @@ class Place:
         environment = {
             **os.environ,
             **ENVIRONMENT,
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            **own_ports(),
             "RAY_SERVE_HAPROXY_NBTHREAD": "2",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # no connection idles here
             "QWEN_RAY_TEST_REPLICAS": str(wanted),
