@@ -16,6 +16,7 @@ from served import serving
 
 NUM_CLIENTS = 16
 IS_LONG = bool(os.environ.get("QWEN_RAY_CHAOS_LONG"))
+EXACT = "--dtype", "float32"  # in which a step says the same whatever else is in it
 
 pytestmark = pytest.mark.chaos
 
@@ -48,11 +49,14 @@ async def under_load(
     return verdict
 
 
-@pytest.mark.parametrize("plan", [("--tp", "2"), ("--pp", "2")] if IS_LONG else [("--tp", "2")], ids=" ".join)
-async def test_a_rank_is_killed_again_and_again(plan: tuple[str, ...], verdicts: list[Verdict]) -> None:
+@pytest.mark.parametrize("plan", ["--tp 2", "--pp 2", "--ep 2"] if IS_LONG else ["--tp 2"])
+async def test_a_rank_is_killed_again_and_again(
+    plan: str, verdicts: list[Verdict], request: pytest.FixtureRequest
+) -> None:
     chance = random.Random(2)
     num_kills, pause = (15, 20.0) if IS_LONG else (2, 12.0)
-    with serving("demo", *plan) as url:
+    model = str(request.getfixturevalue("upcycled_demo")) if "--ep" in plan else "demo"
+    with serving(model, *plan.split(), *EXACT, "--served-model-name", "demo") as url:
         expected = await in_peace(url, asks())
         before = {rank.pid for rank in injector.ranks(url)}
         killed: set[int] = set()
@@ -67,7 +71,7 @@ async def test_a_rank_is_killed_again_and_again(plan: tuple[str, ...], verdicts:
                     injector.kill(rank.pid)
                 await asyncio.sleep(pause)
 
-        verdict = await under_load(url, expected, blows, f"SIGKILL of a rank, {' '.join(plan)}")
+        verdict = await under_load(url, expected, blows, f"SIGKILL of a rank, {plan}")
         verdicts.append(verdict)
         assert verdict.is_clean, str(verdict)
         assert len(verdict.recoveries) == len(killed) == num_kills
@@ -77,7 +81,7 @@ async def test_a_rank_is_killed_again_and_again(plan: tuple[str, ...], verdicts:
 
 
 async def test_a_rank_stands_still(verdicts: list[Verdict]) -> None:
-    with serving("demo", "--tp", "2") as url:
+    with serving("demo", "--tp", "2", *EXACT) as url:
         expected = await in_peace(url, asks())
 
         async def blows(times: list[float]) -> None:
@@ -90,3 +94,52 @@ async def test_a_rank_stands_still(verdicts: list[Verdict]) -> None:
         verdicts.append(verdict)
         assert verdict.is_clean, str(verdict)
         assert len(verdict.recoveries) == 1
+
+
+async def test_both_ranks_at_once_and_others_while_one_is_replaced(verdicts: list[Verdict]) -> None:
+    with serving("demo", "--tp", "2", *EXACT) as url:
+        expected = await in_peace(url, asks())
+
+        def kill(rank: int) -> set[int]:
+            """Returns the processes of ranks that there were before."""
+            known = set(injector.named(os.getpid(), "RankActor"))
+            injector.kill(injector.ranks(url)[rank].pid)
+            return known
+
+        async def blows(times: list[float]) -> None:
+            await asyncio.sleep(4.0)
+            times.append(time.monotonic())
+            for rank in injector.ranks(url):
+                injector.kill(rank.pid)
+            await _repaired(url)
+
+            # The one that takes the place of the first, as soon as it is there.
+            times.append(time.monotonic())
+            known = await asyncio.to_thread(kill, 0)
+            async with asyncio.timeout(30):
+                while not (new := set(injector.named(os.getpid(), "RankActor")) - known):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            for pid in new:
+                injector.kill(pid)
+            await _repaired(url)
+
+            # The other one, while the first is replaced.
+            times.append(time.monotonic())
+            other = injector.ranks(url)[1].pid
+            await asyncio.to_thread(kill, 0)
+            await asyncio.sleep(1.5)
+            injector.kill(other)
+            await _repaired(url)
+
+        verdict = await under_load(url, expected, blows, "SIGKILL of two ranks, and during repair")
+        verdicts.append(verdict)
+        assert verdict.is_clean, str(verdict)
+
+
+async def _repaired(url: str) -> None:
+    """Returns when all ranks work again, and have for a while."""
+    await asyncio.sleep(1.0)
+    async with asyncio.timeout(120):
+        while len(await asyncio.to_thread(injector.ranks, url)) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    await asyncio.sleep(5.0)

@@ -1,7 +1,9 @@
-"""A rank that can be told to fail, by files beside the checkpoint. Not a test."""
+"""A rank that can be told to fail, by files beside the checkpoint, or by a prompt. Not a test."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from qwen_ray.core.step import StepBatch, StepResult
 from qwen_ray.worker.worker import Worker
 
 NAME = f"{__name__}:FaultyWorker"
+POISON = (7, 7, 7, 3, 7)  # the tokens of a prompt that kills the rank that sees it
 
 
 class FaultyWorker(Worker):
@@ -24,6 +27,8 @@ class FaultyWorker(Worker):
             if file.exists():
                 file.unlink()
                 self._commit(fault)
+        if any(new.token_ids[: len(POISON)] == POISON for new in batch.new):
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().execute(batch)
 
     def _commit(self, fault: str) -> None:

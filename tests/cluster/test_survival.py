@@ -22,6 +22,7 @@ import pytest
 from chaos import injector
 from chaos.judge import Verdict, judge, left_over
 from chaos.load import Ask, Seen, every_kind, in_peace, until
+from faulty_worker import POISON
 from tiny_model import write_tiny_model
 
 from qwen_ray.commands.haproxy import own_ports
@@ -227,6 +228,26 @@ async def test_the_proxy_dies_and_is_back_soon(place: Place) -> None:
     assert not verdict.left_over
     verdict = await place.under_load(lambda: asyncio.sleep(1.0))
     assert verdict.is_clean, str(verdict)
+
+
+async def test_a_poisonous_request_is_ended_and_no_other_one(place: Place) -> None:
+    """As the last one: the ranks of this version die of a prompt."""
+    await place.do("deploy_with_poison", place.settings)
+    answers: list[httpx.Response] = []
+
+    async def blow() -> None:
+        body = {"model": "tiny", "prompt": list(POISON), "max_tokens": 4}
+        async with httpx.AsyncClient(base_url=place.url, timeout=120) as client:
+            answers.append(await client.post("/v1/completions", json=body))
+        await asyncio.sleep(1.0)
+
+    verdict = await place.under_load(blow)
+    assert verdict.is_clean, str(verdict)
+    (answer,) = answers
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "ranks_failed"
+    (replica,) = place.replicas()
+    assert replica["num_repairs"] + replica["num_restarts"] <= 3
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from faulty_replica import FaultyReplica
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -58,6 +59,11 @@ class TwoNodes:
         http = {"host": asked.http.host, "port": asked.http.port, "keep_alive_timeout_s": KEEP_ALIVE_SECONDS}
         serve.start(http_options=serve.HTTPOptions(**http, location=ProxyLocation.HeadOnly))
         serve.run(app.build(asked), name=app.APP, route_prefix="/")
+
+    def deploy_with_poison(self, settings: dict[str, Any]) -> None:
+        """The same with ranks that die of one prompt, `faulty_worker.POISON`."""
+        app.Replica = FaultyReplica
+        self.deploy(settings)
 
     def scale(self, count: int) -> None:
         """Returns when so many replicas run, and no others, not even such as are about to end."""

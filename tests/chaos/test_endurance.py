@@ -1,0 +1,119 @@
+"""Far more requests than can be served, and many of them for a long time. `make chaos` runs the long form."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from chaos import memory
+from chaos.judge import judge, left_over
+from chaos.load import Ask, Seen, every_kind, in_peace, many, run
+from chaos.memory import MIB, Memory
+from served import serving
+
+IS_LONG = bool(os.environ.get("QWEN_RAY_CHAOS_LONG"))
+NUM_AT_ONCE = 10_000 if IS_LONG else 500
+SOAK_SECONDS = 1800 if IS_LONG else 30
+MAX_GROWTH = 512 * MIB  # of any process, in a burst
+MAX_CREEP = 0.02  # of any process, over the last two thirds of a long time
+
+pytestmark = pytest.mark.chaos
+
+
+async def test_far_too_many_requests_at_once() -> None:
+    with serving("demo") as url:
+        steady = [ask for ask in every_kind("demo", max_tokens=16) if ask.kind in ("greedy", "chat")] * 8
+        await many(url, steady[:16], num_clients=8)
+        rate = await _rate(url, steady)
+        body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+        async with Memory(period=0.5) as seen:
+            await asyncio.sleep(1.5)
+            began = time.monotonic()
+            answers = await asyncio.gather(*(_post(url, body) for _ in range(NUM_AT_ONCE)))
+            ended = time.monotonic()
+            await asyncio.sleep(1.5)
+        rates = [rate, await _rate(url, steady)]
+        statuses = Counter(status for status, _, _ in answers)
+        growth = {f"{p.title} ({p.pid})": (float(p.samples[0][1]), float(p.peak)) for p in seen.processes.values()}
+        told = f"{dict(statuses)} in {ended - began:.1f} s; requests/s before {rates[0]:.2f}, after {rates[1]:.2f}"
+        memory.show(f"{NUM_AT_ONCE} requests at once: {told}; memory before, and at most", growth)
+        assert set(statuses) <= {200, 429}
+        assert len({json.loads(text)["choices"][0]["text"] for status, _, text in answers if status == 200}) == 1
+        assert all("retry-after" in head.lower() for status, head, _ in answers if status == 429)
+        assert all(peak - first < MAX_GROWTH for first, peak in growth.values())
+        assert left_over(url) == []
+
+
+async def test_mixed_traffic_for_a_long_time_with_clients_that_go_away() -> None:
+    chance = random.Random(4)
+    with serving("demo", "--dtype", "float32") as url:
+        asks = [ask for ask in every_kind("demo", max_tokens=8) if ask.kind != "long"]
+        expected = await in_peace(url, asks)
+        counts, wrong = Counter[str](), list[str]()
+        began = time.monotonic()
+
+        async def work(client: httpx.AsyncClient) -> None:
+            while time.monotonic() - began < SOAK_SECONDS:
+                ask = chance.choice(asks)
+                if chance.random() < 0.1:
+                    counts["gone away"] += await _go_away(client, ask, chance)
+                    continue
+                seen: Seen = await run(client, ask)
+                verdict = judge("", [seen], expected)
+                wrong.extend(verdict.failed + verdict.wrong)
+                counts[ask.kind] += 1
+
+        async with (
+            Memory(period=2.0 if IS_LONG else 0.5) as seen,
+            httpx.AsyncClient(base_url=url, timeout=120) as client,
+        ):
+            await asyncio.gather(*(work(client) for _ in range(16)))
+            left = await asyncio.to_thread(left_over, url)
+        ended = began + SOAK_SECONDS
+        growth = seen.growth(began + SOAK_SECONDS / 3, ended, width=SOAK_SECONDS / 15)
+        told = f"{counts.total()} requests in {SOAK_SECONDS} s: {dict(counts)}"
+        memory.show(f"{told}; memory at {SOAK_SECONDS / 3:.0f} s, and at the end", growth)
+        assert not wrong, wrong[:5]
+        assert left == []
+        if IS_LONG:
+            assert {name: sizes for name, sizes in growth.items() if sizes[1] > sizes[0] * (1 + MAX_CREEP)} == {}
+
+
+async def _rate(url: str, asks: list[Ask]) -> float:
+    """Requests per second with 32 clients."""
+    began = time.monotonic()
+    seen = await many(url, asks, num_clients=32)
+    assert not [one.error for one in seen if one.error]
+    return len(asks) / (time.monotonic() - began)
+
+
+async def _post(url: str, body: object) -> tuple[int, str, str]:
+    """(status, headers, body), over a connection of its own. A client library would take longer than the server."""
+    place = urlsplit(url)
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    try:
+        writer.write(head.encode() + content)
+        answer = await reader.read()
+    finally:
+        writer.close()
+    headers, _, text = answer.decode().partition("\r\n\r\n")
+    return int(headers.split(maxsplit=2)[1]), headers, text
+
+
+async def _go_away(client: httpx.AsyncClient, ask: Ask, chance: random.Random) -> int:
+    """Ask, and hang up after a few lines. Returns 1."""
+    async with client.stream("POST", ask.path, json=ask.body) as answer:
+        lines = answer.aiter_lines()
+        for _ in range(chance.randrange(6)):
+            await anext(lines, None)
+    return 1
