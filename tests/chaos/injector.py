@@ -1,11 +1,13 @@
-"""What goes wrong, by name: processes of a running server found, killed, stopped, slowed. Not a test."""
+"""What goes wrong, by name: processes of a running server found, killed, stopped, slowed, cut off. Not a test."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 import httpx
 
 from qwen_ray.commands.process_tree import descendants
+
+PIDFD_GETFD = 438  # of Linux's system calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,28 @@ def kill(pid: int) -> None:
 def stop(pid: int) -> None:
     """As a process in an endless system call: there, and silent."""
     os.kill(pid, signal.SIGSTOP)
+
+
+def cut(pid: int) -> int:
+    """End all its TCP connections, as a network that fails does. Returns how many there were."""
+    process, num_cut = os.pidfd_open(pid), 0
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{entry}").startswith("socket:"):
+                with _socket_of(process, int(entry)) as one:
+                    if one.family in (socket.AF_INET, socket.AF_INET6) and one.getpeername():
+                        one.shutdown(socket.SHUT_RDWR)
+                        num_cut += 1
+    os.close(process)
+    return num_cut
+
+
+def _socket_of(process: int, number: int) -> socket.socket:
+    """Another process's. Raises OSError."""
+    number = ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, process, number, 0)
+    if number < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return socket.socket(fileno=number)
 
 
 def slow_down(pid: int, *, seconds: float, share: float = 0.8) -> None:

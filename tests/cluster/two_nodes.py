@@ -110,6 +110,13 @@ class TwoNodes:
     def gcs(self, _: Any) -> int:
         return self._cluster.head_node.all_processes["gcs_server"][0].process.pid
 
+    def restart_gcs(self, seconds: float) -> None:
+        """Kill it, and start another one `seconds` later at the same port, as Kubernetes would."""
+        head = self._cluster.head_node
+        head.kill_gcs_server()
+        time.sleep(seconds)
+        head.start_gcs_server()
+
     def end(self) -> None:
         ray.shutdown()
         self._cluster.shutdown()
