@@ -50,6 +50,7 @@ class Ranks:
         self._executor: RayExecutor | None = None
         self._num_fruitless = 0
         self._num_steps = 0
+        self._num_poisonous = 0
         self._num_in_flight = 0
         self._progressed = 0.0  # monotonic: when the last step was done, or one was submitted after a rest
         self._repaired: float | None = None  # monotonic; until the first step after it
@@ -122,6 +123,9 @@ class Ranks:
         has_work = engine.num_running + engine.num_waiting > 0
         has_progress = engine.steps_total != self._num_steps
         self._num_steps = engine.steps_total
+        if engine.poisonous_total != self._num_poisonous:  # one request less that ranks die of
+            self._num_poisonous = engine.poisonous_total
+            self._num_fruitless = 0
         self.stalled_seconds = self.stalled_seconds + seconds if has_work and not has_progress else 0.0
         group = self._group
         # New ranks have not warmed up.

@@ -60,6 +60,12 @@ def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
 
+def go_on(pid: int) -> None:
+    """One that was stopped; one that is gone is none to care about."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
 def cut(pid: int) -> int:
     """End all its TCP connections, as a network that fails does. Returns how many there were."""
     process, num_cut = os.pidfd_open(pid), 0

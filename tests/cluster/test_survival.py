@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -77,6 +78,39 @@ async def test_the_network_fails_for_a_moment(place: Place, title: str) -> None:
         assert injector.cut(place.process(title)) > 0
         await asyncio.sleep(2.0)
         await wait_until(place.is_ready)
+
+    verdict = await place.under_load(blow)
+    assert verdict.is_clean, str(verdict)
+
+
+async def test_health_tells_a_hang_from_much_work(place: Place) -> None:
+    await place.do("scale", 1)
+    seen: list[tuple[float, int]] = []
+
+    async def look() -> None:
+        async with httpx.AsyncClient(base_url=place.url, timeout=5) as client:
+            while True:
+                began = time.monotonic()
+                seen.append((began, (await client.get("/health/ready")).status_code))
+                assert (await client.get("/health/live")).status_code == 200
+                await asyncio.sleep(0.1)
+
+    async def blow() -> None:
+        looking = asyncio.create_task(look())
+        await asyncio.sleep(4.0)
+        assert {status for _, status in seen} == {200}
+        stopped, began = set[int](), time.monotonic()
+        while seen[-1][1] == 200 and time.monotonic() < began + 20:
+            for pid in set(injector.named(place.owner.pid, "ray::RankActor")) - stopped:
+                injector.stop(pid)
+                stopped.add(pid)
+            await asyncio.sleep(0.1)
+        said = next(when for when, status in seen if status == 503)
+        assert said - began < 10.5
+        for pid in stopped:
+            injector.go_on(pid)
+        await wait_until(place.is_ready)
+        looking.cancel()
 
     verdict = await place.under_load(blow)
     assert verdict.is_clean, str(verdict)

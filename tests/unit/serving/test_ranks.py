@@ -161,6 +161,14 @@ async def test_a_step_gives_new_hope() -> None:
     assert life.ranks.num_repairs == 3 * MAX_FRUITLESS
 
 
+async def test_a_request_less_that_ranks_die_of_gives_new_hope_too() -> None:
+    life = await Life.begin()
+    for i in range(3 * MAX_FRUITLESS):
+        await life.fail()
+        life.ranks.look(0.25, replace(busy(1), poisonous_total=i // 3))
+    assert life.ranks.num_repairs == 3 * MAX_FRUITLESS
+
+
 async def test_ranks_that_die_while_they_start_are_started_again_a_bad_checkpoint_is_not() -> None:
     Group.start_errors[:] = [FAILURE, FAILURE]
     await Life.begin()
