@@ -17,7 +17,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test check chaos bench clean help
+.PHONY: install dev serve test check chaos bench bench-moe clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
@@ -26,6 +26,7 @@ help:
 	@echo "make test                               the whole test suite"
 	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
 	@echo "make bench [ARGS='--concurrency 8']     load the server that is running"
+	@echo "make bench-moe                          decode a mixture of experts on this CPU, beside its memory's bandwidth"
 	@echo "make clean                              remove .venv and what tools left behind"
 
 install: $(VENV)/.installed
@@ -67,6 +68,9 @@ chaos: dev
 
 bench: install
 	@$(BIN)/qwen-ray bench $(ARGS)
+
+bench-moe: install
+	@$(BIN)/python benchmarks/moe.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist .ruff_cache .hypothesis
