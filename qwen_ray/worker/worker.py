@@ -17,9 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +49,7 @@ class Worker:
         self._groups = Groups(self.shard, self._device)
         self._model: Stage | None = None
         self._runner: Runner | None = None
+        self._holding: threading.Thread | None = None  # gets the KV cache its memory
         self._thread: int | None = None
         self._stats = RankStats(
             rank=rank,
@@ -88,14 +87,19 @@ class Worker:
         checkpoint = open_checkpoint(
             Path(spec.path), spec.config, self._dtype, spec.load_format, device=self._device, on_read=on_read
         )
-        allocate: Callable[[], int] = partial(self._allocate, model)
-        with ThreadPoolExecutor(max_workers=1) as other_thread:
-            if self._device.type == "cpu":  # the system takes as long to give the memory as we to read: both at once
-                allocate = other_thread.submit(allocate).result
-            model.load(checkpoint)
-            checkpoint.check_extra(self.shard.layers)
-            kv_bytes = allocate()
+        kv_bytes = kv_cache.allocate(
+            model.attentions,
+            num_blocks=spec.engine.num_blocks,
+            block_size=spec.engine.block_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        model.load(checkpoint)
+        checkpoint.check_extra(self.shard.layers)
         give_back_memory()
+        # A rank that takes another's place does not wait for it.
+        self._holding = threading.Thread(target=kv_cache.hold, args=(model.attentions,), daemon=True)
+        self._holding.start()
         self._model = model
         self._runner = Runner(model, block_size=spec.engine.block_size, device=self._device)
         self._stats = replace(
@@ -107,17 +111,6 @@ class Worker:
             num_loads=self._stats.num_loads + 1,
         )
         logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
-
-    def _allocate(self, model: Stage) -> int:
-        """The KV cache; returns its bytes."""
-        engine = self._spec.engine
-        return kv_cache.allocate(
-            model.attentions,
-            num_blocks=engine.num_blocks,
-            block_size=engine.block_size,
-            dtype=self._dtype,
-            device=self._device,
-        )
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Meet the other ranks of the group, and forget all sequences. May be done again. Raises as `Groups.join`."""
@@ -133,6 +126,8 @@ class Worker:
         """
         assert self._model is not None, "load first"
         self._use_threads()
+        assert self._holding is not None, "load first"
+        self._holding.join()
         engine = self._spec.engine
         most = engine.max_num_batched_tokens if self._device.type == "cuda" else CPU_WARM_UP_TOKENS
         batch = first_step(engine, most)
