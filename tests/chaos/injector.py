@@ -57,7 +57,8 @@ def kill(pid: int) -> None:
 
 def stop(pid: int) -> None:
     """As a process in an endless system call: there, and silent."""
-    os.kill(pid, signal.SIGSTOP)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
 
 
 def go_on(pid: int) -> None:
