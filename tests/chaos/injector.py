@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import random
 import signal
 import socket
 import time
@@ -108,8 +107,3 @@ def named(root: int, name: str) -> list[int]:
             if name in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
                 found.append(pid)
     return found
-
-
-def random_rank(url: str, chance: random.Random) -> Rank | None:
-    living = ranks(url)
-    return chance.choice(living) if living else None

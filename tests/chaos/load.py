@@ -85,7 +85,7 @@ def every_kind(model: str, *, max_tokens: int = 48) -> list[Ask]:
                 "repetition_penalty": 1.1,
             },
         ),
-        "bias": ("completions", {"temperature": 0, "logit_bias": {"28": -5}, "min_tokens": 20}),
+        "bias": ("completions", {"temperature": 0, "logit_bias": {"28": -5}, "min_tokens": max_tokens // 2}),
         "chat": ("chat/completions", {"temperature": 0}),
         "chat-n-logprobs": (
             "chat/completions",
