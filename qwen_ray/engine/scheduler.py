@@ -28,7 +28,7 @@ from qwen_ray.engine.dp_rank import DpRank, Room
 from qwen_ray.engine.queue import OUTPUT_COST, PROMPT_COST, Queue
 from qwen_ray.engine.sequence import Sequence, longest
 from qwen_ray.engine.sequence_heap import SequenceHeap
-from qwen_ray.engine.suspects import MAX_DEATHS_IN_COMPANY, Suspects
+from qwen_ray.engine.suspects import MAX_BLAMED_TOGETHER, MAX_DEATHS_IN_COMPANY, Suspects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +204,11 @@ class Scheduler:
         """Who is to be admitted next, if there is room."""
         if suspect is not None:
             return None if suspect.is_on_ranks else suspect
-        return self._queue.first() if self._suspects.has_room else None
+        seq = self._queue.first() if self._suspects.has_room else None
+        if seq is not None and seq.num_deaths:
+            num_blamed = sum(other.num_deaths > 0 for other in self._by_id.values())
+            return seq if num_blamed < MAX_BLAMED_TOGETHER else None
+        return seq
 
     def _grow(self, dp_rank: DpRank, seq: Sequence, count: int) -> list[int] | None:
         """Add the blocks of its next `count` tokens, taking them from the last in turn there; None if that is itself.

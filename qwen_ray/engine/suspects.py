@@ -5,6 +5,9 @@ that is blamed twice without any is set aside: it runs in steps of its own, with
 the others have theirs. If the ranks die then, it has done it. Of several that are set aside the first runs, until it
 is cleared or has ended.
 
+Ranks may also be killed by what has nothing to do with any sequence, again and again. So that none gets far by bad luck
+alone, those that are blamed come back a few at a time, whose steps are short: they are cleared before the next blow.
+
 Knows who is blamed; that the dead are replaced and their sequences wait again is the scheduler's.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 from qwen_ray.engine.sequence import Sequence
 
 MAX_DEATHS_IN_COMPANY = 2
+MAX_BLAMED_TOGETHER = 4  # on the ranks, beside those that are not
 # Tokens beyond those it had at its last death. Coming back gives a sequence one, from a prefill; a second is the first
 # of a step such as the one that killed.
 PROGRESS = 2

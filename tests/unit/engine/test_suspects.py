@@ -10,6 +10,7 @@ import pytest
 from qwen_ray.core.errors import RANKS_FAILED
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest
+from qwen_ray.engine.suspects import MAX_BLAMED_TOGETHER
 from tests.unit.engine.fake_ranks import LETHAL, LETHAL_DECODE, LETHAL_LATER
 from tests.unit.engine.harness import Harness, request
 
@@ -69,9 +70,21 @@ def test_two_deaths_in_a_row_do_not_harm_sixteen_who_stood_by(depth: int) -> Non
         for _ in range(depth):
             harness.submit()
         harness.die()
-    assert harness.scheduler.stats().num_set_aside == 16
+    assert harness.scheduler.stats().num_set_aside == MAX_BLAMED_TOGETHER
     harness.drain()
     harness.check_ended()
+    assert harness.condemned == set()
+
+
+def test_the_blamed_come_back_a_few_at_a_time_beside_newcomers() -> None:
+    harness = Harness(CONFIG)
+    harness.add(*streams(10))
+    harness.submit()
+    harness.die()
+    harness.add(*(replace(one, request_id=f"late {one.request_id}") for one in streams(2)))
+    steps = steps_until(harness, *(one.request_id for one in streams(10)))
+    old = [{name for name in step if not name.startswith("late")} for step in steps]
+    assert [len(step) for step in old[:7]] == [4, 4, 8, 8, 10, 10, 10]  # cleared by the second of two tokens
     assert harness.condemned == set()
 
 
