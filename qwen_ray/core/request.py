@@ -50,7 +50,7 @@ class Grammar:
     after_thinking: bool = False
 
     def __post_init__(self) -> None:
-        name = f"structured_outputs.{self.kind}"
+        name = f"a grammar of the kind {self.kind}"
         try:
             num_bytes = len(self.text.encode())
         except UnicodeEncodeError as error:

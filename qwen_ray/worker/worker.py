@@ -24,10 +24,12 @@ from pathlib import Path
 
 import torch
 
+from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.plan import EngineConfig, Rendezvous, ReplicaSpec, split_evenly
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.stats import RankStats
 from qwen_ray.core.step import Chunk, MoveExperts, NewSequence, StepBatch, StepResult
+from qwen_ray.grammar.matcher import GrammarCompiler
 from qwen_ray.models.registry import build
 from qwen_ray.models.stage import Stage
 from qwen_ray.parallel.groups import Groups
@@ -51,6 +53,7 @@ class Worker:
         self._groups = Groups(self.shard, self._device)
         self._model: Stage | None = None
         self._runner: Runner | None = None
+        self._compiler: GrammarCompiler | None = None
         self._thread: int | None = None
         self._stats = RankStats(
             rank=rank,
@@ -89,15 +92,17 @@ class Worker:
             Path(spec.path), spec.config, self._dtype, spec.load_format, device=self._device, on_read=on_read
         )
         allocate: Callable[[], int] = partial(self._allocate, model)
-        with ThreadPoolExecutor(max_workers=1) as other_thread:
+        with ThreadPoolExecutor(max_workers=2) as other_thread:
+            compiler = other_thread.submit(self._load_compiler)
             if self._device.type == "cpu":  # the system takes as long to give the memory as we to read: both at once
                 allocate = other_thread.submit(allocate).result
             model.load(checkpoint)
             checkpoint.check_extra(self.shard.layers)
             kv_bytes = allocate()
+            self._compiler = compiler.result()
         give_back_memory()
         self._model = model
-        self._runner = Runner(model, block_size=spec.engine.block_size, device=self._device)
+        self._runner = self._new_runner(model)
         self._stats = replace(
             self._stats,
             weights_bytes=total,
@@ -107,6 +112,21 @@ class Worker:
             num_loads=self._stats.num_loads + 1,
         )
         logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
+
+    def _load_compiler(self) -> GrammarCompiler | None:
+        """None on ranks that do not sample, and where there is no tokenizer: then no sequence may have a grammar."""
+        if not self.shard.samples:
+            return None
+        spec = self._spec
+        try:
+            return GrammarCompiler.load(Path(spec.path), spec.load_format, spec.config.vocab_size)
+        except CheckpointError as error:
+            logger.warning("rank %d: no structured output: %s", self.shard.rank, error)
+            return None
+
+    def _new_runner(self, model: Stage) -> Runner:
+        block_size = self._spec.engine.block_size
+        return Runner(model, block_size=block_size, device=self._device, compiler=self._compiler)
 
     def _allocate(self, model: Stage) -> int:
         """The KV cache; returns its bytes."""
@@ -138,7 +158,7 @@ class Worker:
         batch = first_step(engine, most)
         Runner(self._model, block_size=engine.block_size, device=self._device).run(batch)
         give_back_memory()
-        self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
+        self._runner = self._new_runner(self._model)
         return batch.num_tokens
 
     def execute(self, batch: StepBatch) -> StepResult | None:
@@ -188,6 +208,7 @@ class Worker:
     def close(self) -> None:
         """Leave the group and let go of the memory. A second call does nothing."""
         self._runner = None
+        self._compiler = None
         self._model = None
         self._groups.close()
         give_back_memory()
