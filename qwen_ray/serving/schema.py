@@ -6,11 +6,17 @@ fields are errors, and so is a known one that is not built yet and carries more 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
+from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import MAX_LOGIT_BIAS, SamplingParams
+from qwen_ray.serving.grammar_schema import GrammarFields
+from qwen_ray.serving.tool_schema import Calls, ToolChoice, Tools
+from qwen_ray.text.chat import Conversation
 
 # JSON numbers only: "0.5" and true are mistakes, not numbers. Ranges are SamplingParams' business.
 Number = Annotated[float, Field(strict=True)]
@@ -113,7 +119,7 @@ class StreamOptions(Part):
     include_usage: Flag = False
 
 
-class SamplingFields(Request):
+class SamplingFields(GrammarFields, Request):
     """What chat and completions have in common."""
 
     n: Count = 1
@@ -124,15 +130,20 @@ class SamplingFields(Request):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: Annotated[dict[int, Number], BeforeValidator(_token_keys)] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[int, Number], BeforeValidator(_token_keys, json_schema_input_type=dict[str, float])] = (
+        Field(default_factory=dict)
+    )
     seed: Count | None = None
-    stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(_one_or_many)] = Field(default_factory=list)
+    stop: Annotated[
+        list[str], Field(fail_fast=True), BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])
+    ] = Field(default_factory=list)
     include_stop_str_in_output: Flag = False
     stop_token_ids: TokenIds = Field(default_factory=list)
     ignore_eos: Flag = False
     max_tokens: Count | None = None
     min_tokens: Count = 0
     prompt_logprobs: Count | None = None
+    return_token_ids: Flag = False
     skip_special_tokens: Flag = True
     priority: Annotated[Count, Field(ge=-(2**31), lt=2**31)] = 0
     timeout: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT)] | None = None
@@ -177,7 +188,10 @@ class TextPart(Part):
 
 
 class Message(Part):
-    """One message of a conversation. Parts other than text are refused."""
+    """One message of a conversation. Parts other than text are refused.
+
+    `prefix` (or `partial`, which is Qwen's word for it) of the last one, an assistant's: the answer goes on from there.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
@@ -187,13 +201,32 @@ class Message(Part):
     annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[None, BeforeValidator(lambda value: value or None)] = None
+    tool_calls: Calls | None = None
+    tool_call_id: str | None = None
+    prefix: Flag | None = None
+    partial: Flag | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for number, part in enumerate(value[: MAX_PARTS + 1] if isinstance(value, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(f"part {number} is of type {kind!r}; this model takes text and nothing else")
+        return value
 
     @model_validator(mode="after")
-    def _has_content(self) -> Self:
+    def _fits_the_role(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role {self.role!r} needs content")
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise ValueError(f"{name} is for messages of role {role!r}, this one is of role {self.role!r}")
         return self
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.prefix or self.partial)
 
     def to_template(self) -> dict[str, Any]:
         """As chat templates want it: plain strings."""
@@ -201,32 +234,50 @@ class Message(Part):
         text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
         role = "system" if self.role == "developer" else self.role
         extra = {
-            key: value
-            for key, value in (("name", self.name), ("reasoning_content", self.reasoning_content))
-            if value is not None
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.to_template() for call in self.tool_calls or ()] or None,
         }
-        return {"role": role, "content": text, **extra}
+        return {"role": role, "content": text, **{key: value for key, value in extra.items() if value is not None}}
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class Conversation(Request):
-    """What becomes a prompt through the chat template."""
+class ConversationFields(BaseModel):
+    """How messages become a prompt through the chat template."""
 
-    messages: Messages
-    add_generation_prompt: Flag = True
+    tools: Annotated[Tools, BeforeValidator(lambda value: [] if value is None else value)] = Field(default_factory=list)
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
+    def to_conversation(self, messages: Sequence[Message], *, has_tools: bool = True) -> Conversation:
+        """Raises InvalidRequest for messages that do not go together with the rest."""
+        if any(message.is_open for message in messages[:-1]):
+            raise InvalidRequest("Only the last message may have prefix or partial.", param="messages")
+        last = messages[-1]
+        continues = last.is_open if self.continue_final_message is None else self.continue_final_message
+        if continues and (last.role != "assistant" or last.tool_calls):
+            message = "To go on from the last message, it must be the assistant's, and without tool_calls."
+            raise InvalidRequest(message, param="messages")
+        if continues and self.add_generation_prompt:
+            message = "add_generation_prompt and continue_final_message exclude each other."
+            raise InvalidRequest(message, param="add_generation_prompt")
+        return Conversation(
+            messages=[message.to_template() for message in messages],
+            tools=[tool.to_template() for tool in self.tools] if has_tools else [],
+            continues=continues,
+            begins_answer=not continues if self.add_generation_prompt is None else self.add_generation_prompt,
+            variables=self.chat_template_kwargs,
+        )
 
-class ChatRequest(SamplingFields, Conversation):
+
+class ChatRequest(SamplingFields, ConversationFields):
     not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": (),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": (),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -234,12 +285,15 @@ class ChatRequest(SamplingFields, Conversation):
         "reasoning_effort": (),
         "verbosity": (),
         "store": (False,),
-        "service_tier": ("auto", "default"),
-        "structured_outputs": (),
+        "moderation": (),
+        "prompt_cache_options": (),
         "chat_template": (),
-        "continue_final_message": (False,),
     }
 
+    messages: Messages
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Flag | None = None
+    service_tier: Literal["auto", "default"] | None = None
     max_completion_tokens: Count | None = None
     enable_thinking: Flag | None = None
     thinking_budget: Count | None = None
@@ -248,6 +302,7 @@ class ChatRequest(SamplingFields, Conversation):
     top_logprobs: Count | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _alternatives_come_with_logprobs(self) -> Self:
@@ -261,10 +316,11 @@ class ChatRequest(SamplingFields, Conversation):
             raise ValueError("enable_thinking contradicts chat_template_kwargs.enable_thinking")
         return self
 
-    @property
-    def template_variables(self) -> dict[str, Any]:
+    def conversation(self) -> Conversation:
+        """With tools only where they may be called. Raises InvalidRequest."""
+        conversation = self.to_conversation(self.messages, has_tools=self.tool_choice != "none")
         given = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        return {**self.chat_template_kwargs, **given}
+        return replace(conversation, variables={**conversation.variables, **given})
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
@@ -289,13 +345,11 @@ Prompt = Annotated[
 
 class CompletionRequest(SamplingFields):
     not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "suffix": ("",),
         "best_of": (1,),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
     }
 
     prompt: Prompt
+    suffix: str | None = None
     echo: Flag = False
     logprobs: Count | None = None
     add_special_tokens: Flag = True
@@ -307,14 +361,12 @@ class CompletionRequest(SamplingFields):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(ConversationFields, Request):
     """vLLM's: a prompt, or the messages of a chat."""
 
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: Flag = True
-    add_generation_prompt: Flag = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     return_token_strs: Flag = False
 
     @model_validator(mode="after")

@@ -51,7 +51,7 @@ class ChatTemplate:
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
         self._texts = tuple(templates.values())
-        self._default_text = templates.get("default")
+        self.default_text = templates.get("default")
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, jinja2.Template] = {}
         for name, text in templates.items():
@@ -101,11 +101,6 @@ class ChatTemplate:
     def speaks_of(self, text: str) -> bool:
         """Whether a template has `text` in it."""
         return any(text in template for template in self._texts)
-
-    @property
-    def default_text(self) -> str | None:
-        """Of the template for chats without tools of their own."""
-        return self._default_text
 
     def _pick(self, tools: Sequence[Mapping[str, Any]] | None) -> jinja2.Template:
         template = (self._templates.get("tool_use") if tools else None) or self._templates.get("default")

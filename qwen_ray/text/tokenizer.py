@@ -18,6 +18,7 @@ from qwen_ray.core.request import SamplingParams, Thinking
 from qwen_ray.text.byte_vocabulary import byte_vocabulary
 from qwen_ray.text.chat import ChatTemplate
 from qwen_ray.text.directory_tokenizer import read_directory_vocabulary
+from qwen_ray.text.fill_in import FillIn
 from qwen_ray.text.gguf_tokenizer import read_gguf_vocabulary
 from qwen_ray.text.qwen_markup import THINK_END, THINK_START
 from qwen_ray.text.tool_calls import CALL_TAGS, ToolSyntax, tool_syntax
@@ -33,7 +34,8 @@ OUT_OF_BUDGET = (
 class Tokenizer:
     """`thinking` is None for a model that does not think: its chat template or its vocabulary has no `</think>`.
 
-    `tool_syntax` is None for a model that calls no tools: its chat template shows no call.
+    `tool_syntax` is None for a model that calls no tools: its chat template shows no call. `fill_in` is None for one
+    whose vocabulary has no tokens for that.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -45,6 +47,8 @@ class Tokenizer:
         self.eos_token_ids = vocabulary.eos_token_ids
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self.special_tokens = dict(vocabulary.special_tokens)  # role to text
+        self.fill_in = FillIn.find(backend.token_to_id)
         self.thinking = self._find_thinking()
         self.tool_syntax: ToolSyntax | None = tool_syntax(self._chat.speaks_of)
         # Some checkpoints call these special; they are needed in the text.
@@ -112,6 +116,10 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             **variables,
         )
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._chat.default_text
 
     def thinking_after(self, prompt_token_ids: Sequence[int]) -> Thinking | None:
         """`thinking` of an answer to this prompt: open if the prompt ends with `<think>` and white space."""

@@ -1,0 +1,87 @@
+"""OpenAI's tools as pydantic models: what may be called, and calls of the conversation so far."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_TOOLS = 128  # as OpenAI has it
+MAX_TOOL_BYTES = 2**16  # of one function's parameters, as JSON
+MAX_CALLS = 128  # of one message
+MAX_FIELDS = 100
+
+# OpenAI's, and what else stands in names of MCP servers' tools. It is written in markup: no white space, no brackets.
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+
+
+class ToolPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_small(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise ValueError(f"has more than {MAX_FIELDS} fields")
+        return data
+
+
+class Function(ToolPart):
+    """`strict`: arguments keep to the schema, whatever the model would rather say."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Annotated[bool, Field(strict=True)] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_are_small(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and (size := len(json.dumps(value))) > MAX_TOOL_BYTES:
+            raise ValueError(f"must have at most {MAX_TOOL_BYTES} characters of JSON, got {size}")
+        return value
+
+
+class Tool(ToolPart):
+    type: Literal["function"]
+    function: Function
+
+    def to_template(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+
+class NamedFunction(ToolPart):
+    name: str
+
+
+class NamedTool(ToolPart):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class CalledFunction(ToolPart):
+    """`arguments` is JSON, as the model wrote it."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class Call(ToolPart):
+    """One that an assistant has made before. `index` is what streams call it by."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": self.function.name, "arguments": self.function.arguments}}
+        return call if self.id is None else {"id": self.id, **call}
+
+
+Calls = Annotated[list[Call], Field(max_length=MAX_CALLS, fail_fast=True)]
