@@ -18,7 +18,7 @@ from qwen_ray.core.request import Grammar
 from qwen_ray.grammar.recursion import is_endless
 
 MAX_GRAMMAR_DEPTH = 64  # of brackets in one another
-MAX_JSON_SPACE = 64  # characters between two words of JSON: a model that pads would do it until max_tokens
+MAX_JSON_SPACE = 32  # characters between two words of JSON: a model that pads would do it until max_tokens
 
 # The model chooses how a text is split into tokens. Otherwise a rank would need the tokenizer itself, not only its
 # vocabulary, and a mask would be a function of more than the text so far.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qwen_ray.core.errors import InvalidRequest, RequestFailed
 from qwen_ray.core.request import Grammar
+from qwen_ray.grammar.lark import MAX_JSON_SPACE
 from qwen_ray.grammar.matcher import MAX_KEPT, GrammarCompiler, Matcher
 from qwen_ray.text.tokenizer import Tokenizer
 
@@ -158,7 +159,7 @@ def test_what_is_no_text_is_never_allowed(compiler: GrammarCompiler, tokenizer: 
 
 def test_white_space_has_an_end(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     matcher = compiler.matcher(Grammar(kind="json_object"))
-    matcher.add(tokenizer.encode("{" + " " * 64))
+    matcher.add(tokenizer.encode("{" + " " * MAX_JSON_SPACE))
     bits, _ = matcher.allowed()
     assert {tokenizer.token_bytes(i)[:1] for i in tokens_of(bits)} == {b'"', b"}"}
 
