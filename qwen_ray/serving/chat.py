@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from typing import Any, Literal
 
 from fastapi import Request
 
 from qwen_ray.core.errors import InvalidRequest
-from qwen_ray.core.request import SamplingParams, Thinking
+from qwen_ray.core.request import SamplingParams, Thinking, TokenLogprobs
 from qwen_ray.serving import answer_schema, schema
 from qwen_ray.serving.answer import prompt_logprobs, stream_response, token_logprobs, usage
 from qwen_ray.serving.call import Call
@@ -78,25 +79,41 @@ def _check_thinking(wish: bool | None, thinking: Thinking | None) -> None:
         raise InvalidRequest(message, param="enable_thinking")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class _Answer:
-    """All pieces of one choice."""
+    """What one choice has come to."""
 
-    pieces: list[Piece] = field(default_factory=list[Piece])
+    content: StringIO = field(default_factory=StringIO)
+    reasoning: StringIO = field(default_factory=StringIO)
+    calls: list[tuple[str, StringIO]] = field(default_factory=list[tuple[str, StringIO]])  # names, arguments
+    logprobs: list[answer_schema.TokenLogprob] = field(default_factory=list[answer_schema.TokenLogprob])
+    token_ids: list[int] = field(default_factory=list[int])
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
 
-    def calls(self) -> list[answer_schema.ToolCall] | None:
-        """None if it makes none."""
-        gained = [delta for piece in self.pieces for delta in piece.calls]
-        names = [delta.name for delta in gained if delta.name is not None]
-        arguments = [""] * len(names)
-        for delta in gained:
-            arguments[delta.index] += delta.arguments
-        return [
+    def add(self, piece: Piece) -> None:
+        self.content.write(piece.text)
+        self.reasoning.write(piece.reasoning)
+        for call in piece.calls:
+            if call.name is not None:
+                self.calls.append((call.name, StringIO()))
+            self.calls[call.index][1].write(call.arguments)
+        self.token_ids += piece.token_ids
+        self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
+
+    def message(self, *, has_reasoning: bool) -> answer_schema.AnswerMessage:
+        content = self.content.getvalue()
+        calls = [
             answer_schema.ToolCall(
-                id=new_call_id(), function=answer_schema.CalledFunction(name=name, arguments=arguments[index])
+                id=new_call_id(), function=answer_schema.CalledFunction(name=name, arguments=arguments.getvalue())
             )
-            for index, name in enumerate(names)
-        ] or None
+            for name, arguments in self.calls
+        ]
+        return answer_schema.AnswerMessage(
+            content=content if content or not calls else None,
+            reasoning_content=(self.reasoning.getvalue() or None) if has_reasoning else None,
+            tool_calls=calls or None,
+        )
 
 
 def _call_deltas(call: CallDelta) -> Iterator[dict[str, Any]]:
@@ -117,11 +134,13 @@ class _Chat:
 
     async def whole(self, generation: Generation) -> answer_schema.ChatCompletion:
         answers = [_Answer() for _ in generation.choices]
+        of_prompt: tuple[TokenLogprobs, ...] = ()
         async with aclosing(generation.pieces()) as steps:
             async for pieces in steps:
                 for piece in pieces:
-                    answers[piece.index].pieces.append(piece)
-        of_prompt = next((p.prompt_logprobs for one in answers for p in one.pieces if p.prompt_logprobs), ())
+                    answers[piece.index].add(piece)
+                    answers[piece.index].logprobs += self._logprobs(piece)
+                    of_prompt = of_prompt or piece.prompt_logprobs
         tokenizer = self.generator.tokenizer
         return answer_schema.ChatCompletion(
             id=self.id,
@@ -136,22 +155,13 @@ class _Chat:
         )
 
     def _choice(self, index: int, answer: _Answer) -> answer_schema.ChatChoice:
-        pieces = answer.pieces
-        content = "".join(piece.text for piece in pieces)
-        calls = answer.calls()
         return answer_schema.ChatChoice(
             index=index,
-            message=answer_schema.AnswerMessage(
-                content=content if content or not calls else None,
-                reasoning_content="".join(map(self._reasoning, pieces)) or None,
-                tool_calls=calls,
-            ),
-            logprobs=answer_schema.ChatLogprobs(content=[one for piece in pieces for one in self._logprobs(piece)])
-            if self.body.logprobs
-            else None,
-            finish_reason=pieces[-1].finish_reason or "stop",
-            stop_reason=pieces[-1].stop_reason,
-            token_ids=[token for piece in pieces for token in piece.token_ids] if self.body.return_token_ids else None,
+            message=answer.message(has_reasoning=self.body.include_reasoning),
+            logprobs=answer_schema.ChatLogprobs(content=answer.logprobs) if self.body.logprobs else None,
+            finish_reason=answer.finish_reason or "stop",
+            stop_reason=answer.stop_reason,
+            token_ids=answer.token_ids if self.body.return_token_ids else None,
         )
 
     def _prompt_ids(self, generation: Generation) -> list[int] | None:
