@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "cluster",
             "metrics",
         },
-        {"ray", "fastapi", "starlette", "pydantic", "msgspec"},
+        {"ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec"},
     ),
     "commands": (
         {"core", "config", "api_keys", "machine", "sizing", "planner", "source", "llm", "serving"},

@@ -6,31 +6,30 @@ fields are errors, and so is a known one that is not built yet and carries more 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import MAX_LOGIT_BIAS, SamplingParams
+from qwen_ray.serving.fields import (
+    Amount,
+    Count,
+    Flag,
+    Number,
+    Part,
+    Switch,
+    TokenIds,
+    null_is_default,
+    refuse_many_keys,
+)
 from qwen_ray.serving.grammar_schema import GrammarFields
-from qwen_ray.serving.tool_schema import Calls, ToolChoice, Tools
+from qwen_ray.serving.message_schema import ConversationFields, Messages
+from qwen_ray.serving.tool_schema import ToolChoice
 from qwen_ray.text.chat import Conversation
-
-# JSON numbers only: "0.5" and true are mistakes, not numbers. Ranges are SamplingParams' business.
-Number = Annotated[float, Field(strict=True)]
-Count = Annotated[int, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-# Unless it fails fast, every wrong item is an error that is kept: a body of 8 MiB can hold millions.
-TokenIds = Annotated[list[Count], Field(max_length=2**20, fail_fast=True)]
-
 
 MAX_TIMEOUT = 7 * 24 * 3600.0  # seconds
 MAX_DEPTH = 100  # of objects and lists in one another
-MAX_KEYS = 100  # of an object whose keys are known
-MAX_MESSAGES = 2048  # as OpenAI has it, like the number of parts
-MAX_PARTS = 2048
 
 
 def _is_deep(value: Any) -> bool:
@@ -48,13 +47,6 @@ def _containers(value: dict[str, Any] | list[Any]) -> list[Any]:
     if not {dict, list} & set(map(type, items)):
         return []
     return [item for item in items if isinstance(item, dict | list)]
-
-
-def _refuse_many_keys(value: Any) -> Any:
-    """Each unknown one would be an error of its own, kept until all are found."""
-    if isinstance(value, dict) and len(value) > MAX_KEYS:
-        raise ValueError(f"has more than {MAX_KEYS} fields")
-    return value
 
 
 def _one_or_many(value: Any) -> Any:
@@ -88,7 +80,7 @@ class Request(BaseModel):
             return data
         if _is_deep(data):
             raise ValueError(f"the body has more than {MAX_DEPTH} objects and lists in one another")
-        _refuse_many_keys(data)
+        refuse_many_keys(data)
         for name, defaults in cls.not_built.items():
             value = data.get(name)
             if value is not None and value not in ([], {}, *defaults):
@@ -104,25 +96,14 @@ class NotBuilt(ValueError):
         self.param = param
 
 
-class Part(BaseModel):
-    """What a body holds many of."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_small(cls, data: Any) -> Any:
-        return _refuse_many_keys(data)
-
-
 class StreamOptions(Part):
-    include_usage: Flag = False
+    include_usage: Switch = False
 
 
 class SamplingFields(GrammarFields, Request):
     """What chat and completions have in common."""
 
-    n: Count = 1
+    n: Amount = 1
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: Count | None = None
@@ -130,24 +111,26 @@ class SamplingFields(GrammarFields, Request):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: Annotated[dict[int, Number], BeforeValidator(_token_keys, json_schema_input_type=dict[str, float])] = (
-        Field(default_factory=dict)
-    )
+    logit_bias: Annotated[
+        dict[int, Number], BeforeValidator(_token_keys, json_schema_input_type=dict[str, float] | None)
+    ] = Field(default_factory=dict)
     seed: Count | None = None
     stop: Annotated[
-        list[str], Field(fail_fast=True), BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])
+        list[str], Field(fail_fast=True), BeforeValidator(_one_or_many, json_schema_input_type=str | list[str] | None)
     ] = Field(default_factory=list)
-    include_stop_str_in_output: Flag = False
-    stop_token_ids: TokenIds = Field(default_factory=list)
-    ignore_eos: Flag = False
+    include_stop_str_in_output: Switch = False
+    stop_token_ids: Annotated[TokenIds, BeforeValidator(null_is_default, json_schema_input_type=TokenIds | None)] = (
+        Field(default_factory=list)
+    )
+    ignore_eos: Switch = False
     max_tokens: Count | None = None
-    min_tokens: Count = 0
+    min_tokens: Amount = 0
     prompt_logprobs: Count | None = None
-    return_token_ids: Flag = False
-    skip_special_tokens: Flag = True
-    priority: Annotated[Count, Field(ge=-(2**31), lt=2**31)] = 0
+    return_token_ids: Switch = False
+    skip_special_tokens: Switch = True
+    priority: Annotated[Amount, Field(ge=-(2**31), lt=2**31)] = 0
     timeout: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT)] | None = None
-    stream: Flag = False
+    stream: Switch = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -182,98 +165,6 @@ class SamplingFields(GrammarFields, Request):
         )
 
 
-class TextPart(Part):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Part):
-    """One message of a conversation. Parts other than text are refused.
-
-    `prefix` (or `partial`, which is Qwen's word for it) of the last one, an assistant's: the answer goes on from there.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Calls | None = None
-    tool_call_id: str | None = None
-    prefix: Flag | None = None
-    partial: Flag | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        for number, part in enumerate(value[: MAX_PARTS + 1] if isinstance(value, list) else ()):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                raise ValueError(f"part {number} is of type {kind!r}; this model takes text and nothing else")
-        return value
-
-    @model_validator(mode="after")
-    def _fits_the_role(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role!r} needs content")
-        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
-            if getattr(self, name) and self.role != role:
-                raise ValueError(f"{name} is for messages of role {role!r}, this one is of role {self.role!r}")
-        return self
-
-    @property
-    def is_open(self) -> bool:
-        return bool(self.prefix or self.partial)
-
-    def to_template(self) -> dict[str, Any]:
-        """As chat templates want it: plain strings."""
-        content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
-        role = "system" if self.role == "developer" else self.role
-        extra = {
-            "name": self.name,
-            "reasoning_content": self.reasoning_content,
-            "tool_call_id": self.tool_call_id,
-            "tool_calls": [call.to_template() for call in self.tool_calls or ()] or None,
-        }
-        return {"role": role, "content": text, **{key: value for key, value in extra.items() if value is not None}}
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class ConversationFields(BaseModel):
-    """How messages become a prompt through the chat template."""
-
-    tools: Annotated[Tools, BeforeValidator(lambda value: [] if value is None else value)] = Field(default_factory=list)
-    add_generation_prompt: Flag | None = None
-    continue_final_message: Flag | None = None
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-    def to_conversation(self, messages: Sequence[Message], *, has_tools: bool = True) -> Conversation:
-        """Raises InvalidRequest for messages that do not go together with the rest."""
-        if any(message.is_open for message in messages[:-1]):
-            raise InvalidRequest("Only the last message may have prefix or partial.", param="messages")
-        last = messages[-1]
-        continues = last.is_open if self.continue_final_message is None else self.continue_final_message
-        if continues and (last.role != "assistant" or last.tool_calls):
-            message = "To go on from the last message, it must be the assistant's, and without tool_calls."
-            raise InvalidRequest(message, param="messages")
-        if continues and self.add_generation_prompt:
-            message = "add_generation_prompt and continue_final_message exclude each other."
-            raise InvalidRequest(message, param="add_generation_prompt")
-        return Conversation(
-            messages=[message.to_template() for message in messages],
-            tools=[tool.to_template() for tool in self.tools] if has_tools else [],
-            continues=continues,
-            begins_answer=not continues if self.add_generation_prompt is None else self.add_generation_prompt,
-            variables=self.chat_template_kwargs,
-        )
-
-
 class ChatRequest(SamplingFields, ConversationFields):
     not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
         "functions": (),
@@ -297,8 +188,8 @@ class ChatRequest(SamplingFields, ConversationFields):
     max_completion_tokens: Count | None = None
     enable_thinking: Flag | None = None
     thinking_budget: Count | None = None
-    include_reasoning: Flag = True
-    logprobs: Flag = False
+    include_reasoning: Switch = True
+    logprobs: Switch = False
     top_logprobs: Count | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -350,9 +241,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: Prompt
     suffix: str | None = None
-    echo: Flag = False
+    echo: Switch = False
     logprobs: Count | None = None
-    add_special_tokens: Flag = True
+    add_special_tokens: Switch = True
     max_tokens: Count | None = 16
 
     def prompts(self) -> list[str | list[int]]:
@@ -366,8 +257,8 @@ class TokenizeRequest(ConversationFields, Request):
 
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: Flag = True
-    return_token_strs: Flag = False
+    add_special_tokens: Switch = True
+    return_token_strs: Switch = False
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

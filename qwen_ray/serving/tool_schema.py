@@ -5,35 +5,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
+
+from qwen_ray.serving.fields import Flag, Part
 
 MAX_TOOLS = 128  # as OpenAI has it
 MAX_TOOL_BYTES = 2**16  # of one function's parameters, as JSON
 MAX_CALLS = 128  # of one message
-MAX_FIELDS = 100
 
 # OpenAI's, and what else stands in names of MCP servers' tools. It is written in markup: no white space, no brackets.
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 
 
-class ToolPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_small(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > MAX_FIELDS:
-            raise ValueError(f"has more than {MAX_FIELDS} fields")
-        return data
-
-
-class Function(ToolPart):
+class Function(Part):
     """`strict`: arguments keep to the schema, whatever the model would rather say."""
 
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[bool, Field(strict=True)] | None = None
+    strict: Flag | None = None
 
     @field_validator("parameters")
     @classmethod
@@ -43,7 +33,7 @@ class Function(ToolPart):
         return value
 
 
-class Tool(ToolPart):
+class Tool(Part):
     type: Literal["function"]
     function: Function
 
@@ -51,11 +41,11 @@ class Tool(ToolPart):
         return self.model_dump(exclude_unset=True)
 
 
-class NamedFunction(ToolPart):
+class NamedFunction(Part):
     name: str
 
 
-class NamedTool(ToolPart):
+class NamedTool(Part):
     type: Literal["function"]
     function: NamedFunction
 
@@ -64,14 +54,14 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-class CalledFunction(ToolPart):
+class CalledFunction(Part):
     """`arguments` is JSON, as the model wrote it."""
 
     name: str
     arguments: str | dict[str, Any] = ""
 
 
-class Call(ToolPart):
+class Call(Part):
     """One that an assistant has made before. `index` is what streams call it by."""
 
     id: str | None = None

@@ -76,6 +76,19 @@ async def test_what_says_nothing_of_the_answer_is_taken(server: Any) -> None:
     assert (await post(server, COMPLETIONS, **body))["choices"]
 
 
+async def test_null_is_as_good_as_nothing(server: Any) -> None:
+    models = create_app(server.service).openapi()["components"]["schemas"]
+    for path, model, needed in ((CHAT, "ChatRequest", HI), (COMPLETIONS, "CompletionRequest", {"prompt": "Hi"})):
+        optional = set(models[model]["properties"]) - set(needed) - {"max_tokens", "max_completion_tokens"}
+        assert {"n", "stream", "logprobs", "stop", "logit_bias", "priority"} <= optional
+        for name in optional:
+            kinds = models[model]["properties"][name].get("anyOf", [])
+            assert {"type": "null"} in kinds, name
+        plain = await post(server, path, **needed, max_tokens=4)
+        nulls = await post(server, path, **needed, max_tokens=4, **dict.fromkeys(optional))
+        assert nulls["choices"] == plain["choices"]
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url", "refusal"])
 async def test_parts_that_are_no_text_are_named(server: Any, kind: str) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "x"}}]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI, pydantic_function_tool
+from pydantic import BaseModel
 
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.serving.tool_schema import MAX_TOOL_BYTES, MAX_TOOLS
@@ -304,3 +306,37 @@ async def test_a_model_without_tools_says_so(tmp_path: Path, engine_config: Engi
         assert (await server.client.post(CHAT, json={**HELLO, "tool_choice": "none"})).status_code == 200
     finally:
         await server.stop()
+
+
+class Weather(BaseModel):
+    """Tells it."""
+
+    city: str
+    days: int | None = None
+
+
+async def test_openai_s_own_client(server: Any) -> None:
+    """What it makes of a strict model, whole and in a stream, and the conversation that goes on with its objects."""
+    let_say(server, '<tool_call>\n{"name": "Weather", "arguments": {"city": "世界", "days": null}}\n</tool_call>')
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        asked: Any = {
+            "model": "tiny",
+            "messages": HELLO["messages"],
+            "tools": [pydantic_function_tool(Weather)],
+            "parallel_tool_calls": False,
+        }
+        whole = await client.chat.completions.parse(**asked)
+        async with client.chat.completions.stream(**asked) as events:
+            streamed = await events.get_final_completion()
+        for completion in (whole, streamed):
+            (choice,) = completion.choices
+            (call,) = choice.message.tool_calls or []
+            assert call.function.parsed_arguments == Weather(city="世界")
+            assert choice.finish_reason == "tool_calls"
+        message = whole.choices[0].message.model_dump(
+            exclude={"parsed": True, "tool_calls": {0: {"function": {"parsed_arguments"}}}}
+        )
+        result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sun"}
+        let_say(server, "Sun.")
+        answer = await client.chat.completions.create(**{**asked, "messages": [*asked["messages"], message, result]})
+        assert answer.choices[0].message.content == "Sun."
