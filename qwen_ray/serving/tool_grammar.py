@@ -19,6 +19,8 @@ from qwen_ray.text.tool_calls import ToolSyntax
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEY = re.compile(r"[^<>\n]{1,256}")
 _END = r'"\n</tool_call>"'
+_SAID = {"description", "title", "examples", "default", "$comment"}
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # whose keys are names
 _OPENER = {"hermes": "<tool_call>", "coder": "<function="}
 
 
@@ -63,7 +65,7 @@ def _lark(tools: Sequence[Tool], syntax: ToolSyntax, start: str, *rules: str, be
         heads.append(f"{_quoted(shown)} {body} {_END}")
         lines += own
     name = "rest" if begun else "call"
-    return "\n".join([*lines, f"{name}: " + "\n  | ".join(heads)])
+    return "\n".join([*dict.fromkeys(lines), f"{name}: " + "\n  | ".join(heads)])
 
 
 def _hermes(tool: Tool, number: int) -> tuple[str, str, list[str]]:
@@ -113,7 +115,22 @@ def _wrong(tool: Tool, message: str) -> InvalidRequest:
 
 
 def _json(schema: Mapping[str, Any], is_strict: bool) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": {**_JSON_STYLE, "lenient": not is_strict}})
+    return "%json " + json.dumps({**_bare(schema), "x-guidance": {**_JSON_STYLE, "lenient": not is_strict}})
+
+
+def _bare(schema: Any) -> Any:
+    """Without what is said to people and models: it counts towards what a grammar may be."""
+    if isinstance(schema, list):
+        return [_bare(one) for one in cast("list[Any]", schema)]
+    if not isinstance(schema, Mapping):
+        return schema
+    bare: dict[str, Any] = {}
+    for key, value in cast("Mapping[str, Any]", schema).items():
+        if key in _NAMED and isinstance(value, Mapping):
+            bare[key] = {name: _bare(one) for name, one in cast("Mapping[str, Any]", value).items()}
+        elif key not in _SAID:
+            bare[key] = value if key in ("enum", "const") else _bare(value)
+    return bare
 
 
 def _quoted(text: str) -> str:

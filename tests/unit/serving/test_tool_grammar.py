@@ -29,7 +29,11 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
     "$defs": {"Deep": {"type": "object", "properties": {"x": {"type": "boolean"}}}},
 }
-TOOLS = [Tool(name="weather", parameters=SCHEMA, is_strict=True), Tool(name="clock", parameters={})]
+TOOLS = [
+    Tool(name="weather", parameters=SCHEMA, is_strict=True),
+    Tool(name="clock", parameters={}),
+    Tool(name="note", parameters={"properties": {"text": {"type": "string"}}}),
+]
 Takes = Callable[[str, str], bool]
 
 
@@ -63,11 +67,13 @@ RIGHT = {
         hermes("weather", '{"city": "世界</tool_call>", "days": 3}'),
         hermes("weather", '{"city": "", "deep": {"x": true}}'),
         hermes("clock", '{"any": [1]}'),
+        hermes("note", '{"text": "a"}'),
     ],
     "coder": [
         coder("weather", city="世界\n</parameter>x", unit="C", days="3", deep='{"x": true}'),
         coder("weather", city=""),
         coder("clock"),
+        coder("note", text="a"),
     ],
 }
 WRONG = {
@@ -138,6 +144,16 @@ def test_what_no_grammar_can_check_is_an_error_if_it_is_strict(takes: Takes) -> 
     assert takes(only_calls([Tool(name="f", parameters=odd)], "hermes", is_parallel=False), hermes("f", '{"a": "b"}'))
     with pytest.raises(InvalidRequest, match="odd"):
         takes(only_calls([Tool(name="f", parameters=odd, is_strict=True)], "hermes", is_parallel=False), "")
+
+
+def test_what_is_said_of_arguments_is_no_part_of_it(takes: Takes) -> None:
+    long = {"type": "string", "description": "x" * 5000, "title": "y" * 5000}
+    schema = {"description": "z" * 5000, "properties": {"description": long, "enum": {"enum": [{"title": "t"}]}}}
+    tool = Tool(name="f", parameters={**schema, "additionalProperties": False, "required": ["description"]})
+    grammar = only_calls([tool], "hermes", is_parallel=False)
+    assert len(grammar) < 1000
+    assert takes(grammar, hermes("f", '{"description": "a", "enum": {"title": "t"}}'))
+    assert not takes(grammar, hermes("f", "{}"))
 
 
 @pytest.mark.parametrize(
