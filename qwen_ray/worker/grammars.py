@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from qwen_ray.core.errors import RequestError, RequestFailed
@@ -36,14 +37,20 @@ class TokenMasks:
         """-inf in `logits` [rows, vocab] for what is not allowed."""
         if not self.rows:
             return
-        powers = 2 ** torch.arange(8, dtype=torch.uint8, device=logits.device)
-        bits = self.bits.to(logits.device)
-        forbidden = (bits[:, :, None] & powers).eq(0).flatten(1)[:, : logits.shape[1]]
+        forbidden = _unpack(~self.bits, logits.device)[:, : logits.shape[1]]
         if len(self.rows) == len(logits):
             logits.masked_fill_(forbidden, float("-inf"))
         else:
-            rows = torch.tensor(self.rows, device=logits.device)
-            logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
+            for row, of_row in zip(self.rows, forbidden, strict=True):
+                logits[row].masked_fill_(of_row, float("-inf"))
+
+
+def _unpack(bits: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """[rows, bytes] uint8 as [rows, 8 x bytes] bool on `device`."""
+    if device.type == "cpu":  # ten times faster than torch's own operations there
+        return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, bitorder="little").view(np.bool_))
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=device)
+    return (bits.to(device)[:, :, None] & powers).ne(0).flatten(1)
 
 
 NO_MASKS = TokenMasks(rows=(), bits=torch.empty(0, 0, dtype=torch.uint8), errors={})
