@@ -32,6 +32,7 @@ class Message(Part):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # what other servers call the same
     annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
     audio: None = None
     function_call: None = None
@@ -69,7 +70,7 @@ class Message(Part):
         role = "system" if self.role == "developer" else self.role
         extra = {
             "name": self.name,
-            "reasoning_content": self.reasoning_content,
+            "reasoning_content": self.reasoning if self.reasoning_content is None else self.reasoning_content,
             "tool_call_id": self.tool_call_id,
             "tool_calls": [call.to_template() for call in self.tool_calls or ()] or None,
         }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from qwen_ray.core.errors import InvalidRequest
+from qwen_ray.grammar.recursion import is_endless
 from qwen_ray.text.argument_type import TEXT, argument_types
 from qwen_ray.text.tool_calls import ToolSyntax
 
@@ -107,6 +108,8 @@ def _object(tool: Tool) -> dict[str, Any]:
     schema = {"type": "object", **tool.parameters}
     if schema["type"] != "object":
         raise _wrong(tool, f"type must be 'object', got {schema['type']!r}")
+    if is_endless(schema):
+        raise _wrong(tool, "they refer to themselves without an end, so that nothing can match them")
     return schema
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import Grammar
+from qwen_ray.grammar.recursion import is_endless
 from qwen_ray.serving import schema, tool_grammar
 from qwen_ray.serving.tool_schema import NamedTool
 from qwen_ray.text.tool_calls import ToolSyntax, ToolUse
@@ -86,13 +87,14 @@ def _schema(form: tuple[str, Grammar]) -> Mapping[str, Any]:
     field, grammar = form
     if grammar.kind == "json_object":
         return {"type": "object"}
-    if grammar.kind == "json_schema":
-        try:
-            schema_of_answer = json.loads(grammar.text)
-        except ValueError as error:
-            raise InvalidRequest(f"{field} is not valid JSON: {error}.", param=field) from error
-        if isinstance(schema_of_answer, dict):
-            return schema_of_answer  # pyright: ignore[reportUnknownVariableType]
-    raise InvalidRequest(
-        f"{field} goes with tools only where it is a JSON schema, or tool_choice is none.", param=field
-    )
+    if grammar.kind != "json_schema":
+        message = f"{field} goes with tools only where it is a JSON schema, or tool_choice is none."
+        raise InvalidRequest(message, param=field)
+    try:
+        found: Any = json.loads(grammar.text)
+        is_schema = isinstance(found, dict) and not is_endless(cast("dict[str, Any]", found))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{field} is not valid JSON, or too deep: {error}.", param=field) from error
+    if not is_schema:
+        raise InvalidRequest(f"{field} must be a JSON schema that something can match.", param=field)
+    return cast("dict[str, Any]", found)

@@ -158,7 +158,12 @@ def test_what_is_said_of_arguments_is_no_part_of_it(takes: Takes) -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "says"),
-    [({"type": "array"}, "type must be 'object', got 'array'"), ({"properties": {"a>b": {}}}, "cannot be written")],
+    [
+        ({"type": "array"}, "type must be 'object', got 'array'"),
+        ({"properties": {"a>b": {}}}, "cannot be written"),
+        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "without an end"),
+        ({"type": ["object"]}, "must be 'object'"),
+    ],
 )
 def test_parameters_that_cannot_be(parameters: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
