@@ -184,7 +184,7 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/health/startup")
+@router.get("/health/startup", responses={503: {"description": "No replica is ready yet; the body is the same."}})
 async def startup(request: Request) -> JSONResponse:
     """How far loading is; 200 as soon as one replica is ready."""
     statuses = _service(request).dispatcher.statuses

@@ -97,7 +97,10 @@ class NotBuilt(ValueError):
 
 
 class StreamOptions(Part):
+    """Nothing is added to events to hide how long they are, whatever OpenAI does."""
+
     include_usage: Switch = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class SamplingFields(GrammarFields, Request):

@@ -75,6 +75,7 @@ class Choice:
 
     def push(self, delta: TokenDelta) -> Piece:
         said = ""
+        markup = self._markup
         marked: list[Marked] = []
         count = 0
         last = len(delta.token_ids) - 1
@@ -85,28 +86,30 @@ class Choice:
             if not is_stop_token or self._keeps_stop:
                 text = self._add(token_id)
                 said += text
-                marked.append(self._mark(text))
-            if self._matcher.matched is not None or self._is_over:
+                if markup is not None:
+                    marked.append(markup.push(text))
+            if self._matcher.matched is not None or (markup is not None and markup.is_over):
                 break
         self.num_tokens += count
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         stop_reason: int | str | None = self._matcher.matched
-        if stop_reason is not None or self._is_over:
+        if stop_reason is not None or (markup is not None and markup.is_over):
             self.finish_reason = "stop"
         elif delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             text = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
             said += text
-            marked.append(self._mark(text))
+            if markup is not None:
+                marked.append(markup.push(text))
             if delta.stop_token_id in self.request.sampling.stop_token_ids:
                 stop_reason = delta.stop_token_id
-        if self.finish_reason is not None and self._markup is not None:
-            marked.append(self._markup.finish())
+        if markup is not None and self.finish_reason is not None:
+            marked.append(markup.finish())
         return Piece(
             index=self.index,
-            text="".join(one.content for one in marked),
-            reasoning="".join(one.reasoning for one in marked),
-            calls=tuple(call for one in marked for call in one.calls),
+            text=said if markup is None else "".join([one.content for one in marked]),
+            reasoning="".join([one.reasoning for one in marked]),
+            calls=tuple([call for one in marked for call in one.calls]),
             said=said,
             token_ids=delta.token_ids[:count],
             logprobs=delta.logprobs[:count],
@@ -114,10 +117,6 @@ class Choice:
             finish_reason=self._told_reason,
             stop_reason=stop_reason,
         )
-
-    @property
-    def _is_over(self) -> bool:
-        return self._markup is not None and self._markup.is_over
 
     @property
     def _told_reason(self) -> str | None:
@@ -129,9 +128,6 @@ class Choice:
         # Until min_tokens are out, no stop string may end it (as in vLLM, none that began before counts).
         self._min_tokens -= 1
         return text if self._min_tokens >= 0 else self._matcher.push(text)
-
-    def _mark(self, text: str) -> Marked:
-        return Marked(content=text) if self._markup is None else self._markup.push(text)
 
     def _count_reasoning(self, token_id: int) -> None:
         thinking = self._thinking

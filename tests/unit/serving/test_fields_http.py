@@ -89,6 +89,14 @@ async def test_null_is_as_good_as_nothing(server: Any) -> None:
         assert nulls["choices"] == plain["choices"]
 
 
+async def test_events_are_not_padded(server: Any) -> None:
+    options = {"include_usage": True, "include_obfuscation": False}
+    assert (await stream(server, CHAT, **HI, max_tokens=2, stream_options=options))[-1]["usage"]
+    body = {**HI, "stream": True, "stream_options": {"include_obfuscation": True}}
+    response = await server.client.post(CHAT, json=body)
+    assert response.json()["error"]["param"] == "stream_options.include_obfuscation"
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url", "refusal"])
 async def test_parts_that_are_no_text_are_named(server: Any, kind: str) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "x"}}]

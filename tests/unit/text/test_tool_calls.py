@@ -101,7 +101,7 @@ values = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=texts, cuts=st.sets(st.integers(1, 120)), syntax=st.sampled_from(["hermes", "coder"]), thinks=st.booleans())
 def test_any_pieces_of_any_text(text: str, cuts: set[int], syntax: ToolSyntax, thinks: bool) -> None:
     whole = read([text], use(syntax), thinks=thinks)
@@ -115,7 +115,7 @@ def test_any_pieces_of_any_text(text: str, cuts: set[int], syntax: ToolSyntax, t
         assert len("".join(said)) >= len("".join(text.split())) - 40 * text.count("<")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     before=words.filter(lambda word: "<" not in word),
     calls=st.lists(values, min_size=1, max_size=3),
