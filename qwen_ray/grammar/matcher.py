@@ -71,6 +71,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """`vocab_size` is the model's: its logits may be more, or fewer, than the tokenizer has tokens."""
+        self.vocab_size = vocab_size
         self._end_id = vocab_size  # a token of its own, which says that the text is complete
         self._vocabulary = LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, vocab_size)))
         self.num_bytes = vocab_size // 32 * 4 + 4

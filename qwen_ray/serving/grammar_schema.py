@@ -48,7 +48,7 @@ class ResponseFormat(_Part):
 class StructuredOutputs(_Part):
     """vLLM's; one of them."""
 
-    content: Schema | None = Field(None, alias="json")
+    content: Schema | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: Choices | None = None
     grammar: str | None = None
@@ -70,7 +70,7 @@ class GrammarFields(BaseModel):
 
         Raises InvalidRequest: two at once, structured outputs of no kind, or more than a grammar may be.
         """
-        found = [(field, kind, value) for field, kind, value in self._given() if value is not None]
+        found = [given for given in self._given() if given[2] is not None]
         if len(found) > 1:
             names = " and ".join(field for field, _, _ in found[:2])
             raise InvalidRequest(f"{names} cannot be used together: an answer follows one.", param=found[1][0])
@@ -79,7 +79,7 @@ class GrammarFields(BaseModel):
                 message = "structured_outputs needs one of json, regex, choice, grammar and json_object."
                 raise InvalidRequest(message, param="structured_outputs")
             return None
-        ((field, kind, value),) = found
+        field, kind, value = found[0]
         try:
             return field, Grammar(kind=kind, text=_text(value))
         except InvalidRequest as error:
