@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from qwen_ray.serving.fields import Flag, Part
 
 MAX_TOOLS = 128  # as OpenAI has it
-MAX_TOOL_BYTES = 2**16  # of one function's parameters, as JSON
+MAX_TOOL_BYTES = 2**16  # of one function's parameters, as JSON, and of its description
 MAX_CALLS = 128  # of one message
 
 # OpenAI's, and what else stands in names of MCP servers' tools. It is written in markup: no white space, no brackets.
@@ -21,7 +21,7 @@ class Function(Part):
     """`strict`: arguments keep to the schema, whatever the model would rather say."""
 
     name: FunctionName
-    description: str | None = None
+    description: Annotated[str, Field(max_length=MAX_TOOL_BYTES)] | None = None
     parameters: dict[str, Any] | None = None
     strict: Flag | None = None
 

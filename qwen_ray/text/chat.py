@@ -21,6 +21,7 @@ import jinja2.sandbox
 
 from qwen_ray.core.errors import CheckpointError, InvalidRequest
 
+MANY_CHARACTERS = 2**16
 _CUT = "\ue000cut\ue000"  # of private use: it stands in no text
 
 
@@ -39,10 +40,10 @@ class Conversation:
 
     @property
     def num_characters(self) -> int:
-        """About so many, of what is not the template's: a measure of the work."""
+        """At most so many, of what is not the template's: a measure of the work. Tools and calls count as very long."""
         texts = sum(len(one.get(key) or "") for one in self.messages for key in ("content", "reasoning_content"))
         num_calls = sum(len(one.get("tool_calls") or ()) for one in self.messages)
-        return texts + len(self.messages) + 1024 * (len(self.tools) + num_calls)
+        return texts + len(self.messages) + MANY_CHARACTERS * (len(self.tools) + num_calls)
 
 
 class ChatTemplate:

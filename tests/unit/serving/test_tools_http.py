@@ -267,6 +267,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, 400, "tools.0.type", "'function'"),
     (function(name="no spaces"), 400, "tools.0.function.name", "pattern"),
     (function(parameters={"x": "y" * MAX_TOOL_BYTES}), 400, "tools.0.function.parameters", "at most 65536"),
+    (function(description="y" * (MAX_TOOL_BYTES + 1)), 400, "tools.0.function.description", "at most 65536"),
     (function(parameters={"type": "array"}) | {"tool_choice": "required"}, 400, "tools", "must be 'object'"),
     (function(parameters={"pattern": "("}, strict=1), 400, "tools.0.function.strict", "boolean"),
     (function(strict=True, parameters={"properties": {"a": {"type": "x"}}}), 400, "tools", "a"),
