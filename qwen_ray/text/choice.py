@@ -69,9 +69,15 @@ class Choice:
         self._min_tokens = sampling.min_tokens
         self._thinking = sampling.thinking if splits_thinking else None
         self._is_thinking = self._thinking is not None and self._thinking.starts_open
-        thinks = self._thinking is not None
+        grammar = sampling.grammar
+        # Where a grammar has begun, nothing is thought any more: a tag in one of its texts is no tag.
+        thinks = self._thinking is not None and (grammar is None or grammar.after_thinking)
         has_markup = thinks or tools is not None
-        self._markup = QwenMarkup(thinks=thinks, starts_open=self._is_thinking, tools=tools) if has_markup else None
+        self._markup = (
+            QwenMarkup(thinks=thinks, starts_open=self._is_thinking, tools=tools, thinks_first=grammar is not None)
+            if has_markup
+            else None
+        )
 
     def push(self, delta: TokenDelta) -> Piece:
         said = ""

@@ -29,11 +29,20 @@ class QwenMarkup:
 
     All pieces joined are the same whatever pieces the text came in. What has no end by then is reasoning all the same;
     of several blocks the reasoning is joined by a newline. An end without a start is plain text. Calls are looked for
-    in content alone, thinking not in calls; without `tools` none are.
+    in content alone, thinking not in calls; without `tools` none are. `thinks_first`: a block stands at the start,
+    or there is none, and later tags are plain text.
     """
 
-    def __init__(self, *, thinks: bool = True, starts_open: bool = False, tools: ToolUse | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        thinks: bool = True,
+        starts_open: bool = False,
+        tools: ToolUse | None = None,
+        thinks_first: bool = False,
+    ) -> None:
         self._tools = tools
+        self._thinks_first = thinks_first
         self._is_open = starts_open
         self._held = ""  # could become a tag
         self._reader: CallReader | None = None  # while a call is read
@@ -44,7 +53,8 @@ class QwenMarkup:
         self._reasoning = _Reasoning()
         self._content = _Content(follows_tag=starts_open, may_end_in_call=tools is not None)
         self._thinking_tags = _Tags((THINK_START, THINK_END))
-        self._content_tags = _Tags((*(self._thinking_tags.names if thinks else ()), *(tools.openers if tools else ())))
+        self._call_tags = _Tags(tuple(tools.openers) if tools else ())
+        self._content_tags = _Tags((*self._thinking_tags.names, *self._call_tags.names)) if thinks else self._call_tags
 
     @property
     def is_over(self) -> bool:
@@ -80,6 +90,8 @@ class QwenMarkup:
             rest = self._read_text(rest) if self._reader is None else self._read_call(self._reader, rest)
 
     def _read_text(self, text: str) -> str | None:
+        if self._thinks_first and not self._is_open and not THINK_START.startswith(text[: len(THINK_START)]):
+            self._content_tags = self._call_tags
         tags = self._thinking_tags if self._is_open else self._content_tags
         tag = tags.find(text)
         if tag is None:
@@ -121,6 +133,8 @@ class QwenMarkup:
     def _turn(self, tag: str) -> None:
         if self._is_open == (tag == THINK_END):
             self._is_open = not self._is_open
+            if self._thinks_first and not self._is_open:
+                self._content_tags = self._call_tags
             self._content.follows_tag = True
             self._reasoning.turn()
         elif not (self._is_open and self._reasoning.is_block_empty):  # a start right after the start says it once more

@@ -202,6 +202,14 @@ async def test_what_is_thought_is_free(
     follows_schema(choice["message"]["content"])
 
 
+async def test_tags_in_a_text_of_its_own_are_no_thinking(thinker: Server) -> None:
+    said = '"<think>a</think>"'
+    schema = {"const": "<think>a</think>"}
+    for fields in ({}, {"enable_thinking": False}):
+        (choice,) = await ask(thinker, CHAT, guided_json=schema, logit_bias={str(START): -90}, **fields)
+        assert (choice["message"]["content"], choice["message"]["reasoning_content"]) == (said, None)
+
+
 async def test_completions_have_it_from_the_start(thinker: Server) -> None:
     (choice,) = await ask(thinker, COMPLETIONS, guided_regex="[0-9]{3}", logit_bias={str(START): 90})
     assert re.fullmatch("[0-9]{3}", choice["text"])
