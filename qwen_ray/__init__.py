@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_ray.config import Settings
-    from qwen_ray.core.request import SamplingParams
+    from qwen_ray.core.request import Grammar, SamplingParams
     from qwen_ray.llm import LLM, RequestOutput
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "Settings", "__version__"]
+__all__ = ["LLM", "Grammar", "RequestOutput", "SamplingParams", "Settings", "__version__"]
 
 __version__ = version("qwen-ray")
 
 _HOMES = {
+    "Grammar": "qwen_ray.core.request",
     "LLM": "qwen_ray.llm",
     "RequestOutput": "qwen_ray.llm",
     "SamplingParams": "qwen_ray.core.request",

@@ -24,10 +24,12 @@ from typing import Any
 from qwen_ray.config import OPTIONS, Settings, load_settings
 from qwen_ray.core.errors import InvalidRequest, QwenRayError, RequestFailed, SettingsError
 from qwen_ray.core.plan import EngineConfig
-from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta, TokenLogprobs
+from qwen_ray.core.request import GenerateRequest, Grammar, SamplingParams, TokenDelta, TokenLogprobs
 from qwen_ray.core.stats import EngineStats, RankStats
 from qwen_ray.engine.engine import Engine
 from qwen_ray.engine.executor import Executor
+from qwen_ray.grammar.check_process import tried
+from qwen_ray.grammar.matcher import GrammarCompiler
 from qwen_ray.machine import this_machine
 from qwen_ray.planner.search import plan
 from qwen_ray.sizing import plan_request
@@ -98,6 +100,7 @@ class LLM:
         self.spec = chosen.replica_spec(name=wish.name, path=str(path), load_format=wish.load_format)
         self.tokenizer = Tokenizer.load(path, wish.load_format)
         self._end_tokens = tuple(dict.fromkeys((*config.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        self._compiler: GrammarCompiler | None = None
         self._executor = LocalExecutor(
             self.spec, on_progress=lambda done, total: on_progress("loading weights", done, total)
         )
@@ -171,9 +174,13 @@ class LLM:
 
     def _to_job(self, prompt: Prompt, sampling: SamplingParams, *, is_chat: bool = False) -> _Job:
         """A rendered chat brings its own special tokens, and its answer may begin with thinking."""
+        if sampling.grammar is not None:
+            grammar = self._checked(sampling.grammar)
+            sampling = replace(sampling, grammar=replace(grammar, after_thinking=is_chat))
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt, not is_chat) if isinstance(prompt, str) else tuple(prompt)
-        ends = () if sampling.ignore_eos else self._end_tokens
+        # With a grammar, ignore_eos is the engine's business: it knows when nothing else is left.
+        ends = () if sampling.ignore_eos and sampling.grammar is None else self._end_tokens
         request = GenerateRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(ids),
@@ -187,6 +194,18 @@ class LLM:
             for i, one in enumerate(request.choices())
         ]
         return _Job(prompt=text, choices=choices)
+
+    def _checked(self, grammar: Grammar) -> Grammar:
+        """Raises InvalidRequest for one that cannot be used."""
+        if not self._end_tokens:
+            message = "This model has no token to end a text with, so that it cannot follow a grammar."
+            raise InvalidRequest(message, param="grammar")
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self.tokenizer, self.spec.config.vocab_size)
+        error, text = tried(self._compiler, grammar)
+        if error is not None:
+            raise InvalidRequest(f"grammar: {error}", param="grammar")
+        return replace(grammar, text=text)
 
     def _answer(self, jobs: list[_Job]) -> list[RequestOutput]:
         pieces: dict[str, list[Piece]] = {c.request.request_id: [] for job in jobs for c in job.choices}

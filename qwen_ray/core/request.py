@@ -18,6 +18,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_BYTES = 64 * 1024
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,31 @@ class Thinking:
     end_id: int
     ending: tuple[int, ...]
     starts_open: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What one sequence may say: all of its text matches, or would with more tokens.
+
+    `text` is the schema as JSON, the regular expression, the choices as a JSON list of strings, or the grammar; that of
+    "json_object" is empty. `after_thinking`: a block of `SamplingParams.thinking` may come first, and is no part of it.
+    Raises InvalidRequest for a text too long; whether it means anything is not known here.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+    after_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        name = f"a grammar of the kind {self.kind}"
+        try:
+            num_bytes = len(self.text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{name} must not hold lone surrogates.", param="structured_outputs") from error
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(
+                f"{name} must have at most {MAX_GRAMMAR_BYTES} bytes, got {num_bytes}.", param="structured_outputs"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +92,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     thinking_budget: int | None = None
     thinking: Thinking | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         in_range = [

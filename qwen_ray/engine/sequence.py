@@ -113,7 +113,10 @@ class Sequence:
         """Whether the tokens so far end it. `max_tokens` counts all output, another replica's included."""
         if self.num_output_tokens == 0:
             return None
-        if self.token_ids[-1] in self.stop_token_ids and self.num_output_tokens >= self.request.sampling.min_tokens:
+        sampling = self.request.sampling
+        # Of a text with a grammar the ranks know when it ends: perhaps before min_tokens, when nothing more may come.
+        is_long_enough = self.num_output_tokens >= sampling.min_tokens or sampling.grammar is not None
+        if self.token_ids[-1] in self.stop_token_ids and is_long_enough:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_len else None
 

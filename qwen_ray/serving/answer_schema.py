@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+
+def _is_none(value: object) -> bool:
+    """Of fields that only those get who ask for them."""
+    return value is None
 
 
 class PromptTokensDetails(BaseModel):
@@ -46,12 +51,28 @@ class ChatLogprobs(BaseModel):
 PromptLogprobs = list[dict[str, dict[str, Any]] | None]
 
 
+class CalledFunction(BaseModel):
+    """`arguments` is JSON, in the model's words: they may be broken off, or not what the function expects."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AnswerMessage(BaseModel):
+    """`content` is null where there are calls alone; without any, `tool_calls` is left out."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     reasoning_content: str | None = None
     refusal: None = None
     annotations: list[Any] = []
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
 
 
 class ChatChoice(BaseModel):
@@ -60,6 +81,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: str
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = Field(None, exclude_if=_is_none)
 
 
 class ChatCompletion(BaseModel):
@@ -69,9 +91,10 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    service_tier: None = None
+    service_tier: Literal["default"] | None = None
     system_fingerprint: str
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = Field(None, exclude_if=_is_none)
 
 
 class CompletionLogprobs(BaseModel):
@@ -88,6 +111,8 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None
     stop_reason: int | str | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = Field(None, exclude_if=_is_none)
+    token_ids: list[int] | None = Field(None, exclude_if=_is_none)
 
 
 class Completion(BaseModel):
@@ -124,3 +149,29 @@ class TokenizeAnswer(BaseModel):
 
 class DetokenizeAnswer(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What vLLM tells of a tokenizer, as far as it is a model's own: lm-eval's remote tokenizer reads it."""
+
+    tokenizer_class: str = "PreTrainedTokenizerFast"
+    vocab_size: int
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Of every answer that is an error; in a stream that has begun, it is the last event but [DONE]."""
+
+    error: ErrorDetail

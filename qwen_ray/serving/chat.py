@@ -1,11 +1,15 @@
-"""/v1/chat/completions: a conversation to a prompt, pieces to messages and chunks; thinking apart from the answer."""
+"""/v1/chat/completions: a conversation to a prompt, pieces to messages and chunks.
+
+What is thought, and calls of tools, stand apart from the answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from typing import Any, Literal
 
 from fastapi import Request
 
@@ -14,9 +18,11 @@ from qwen_ray.core.request import SamplingParams, Thinking, TokenLogprobs
 from qwen_ray.serving import answer_schema, schema
 from qwen_ray.serving.answer import prompt_logprobs, stream_response, token_logprobs, usage
 from qwen_ray.serving.call import Call
-from qwen_ray.serving.generation import Generation, Generator, new_id
+from qwen_ray.serving.generation import Generation, Generator, new_call_id, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
+from qwen_ray.serving.tools import tool_rules
 from qwen_ray.text.choice import Piece
+from qwen_ray.text.tool_calls import CallDelta
 
 
 async def create(
@@ -26,12 +32,9 @@ async def create(
     call.limit(body.timeout, body.priority)
     if call.keeps_contents:
         call.request = [message.model_dump(exclude_none=True) for message in body.messages]
-    sampling = _sampling(body)
-    prompt = await generator.encode_chat(
-        [message.to_template() for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt,
-        variables=body.template_variables,
-    )
+    rules = tool_rules(body, generator.tokenizer.tool_syntax)
+    sampling = await generator.with_grammar(_sampling(body), rules.asked, after_thinking=True)
+    prompt = await generator.encode_chat(body.conversation())
     _check_thinking(body.enable_thinking, generator.tokenizer.thinking_after(prompt))
     chat = _Chat(body=body, generator=generator, id=new_id("chatcmpl"), created=int(call.arrival))
     generation = generator.start(
@@ -42,6 +45,7 @@ async def create(
         call=call,
         priority=body.priority,
         splits_thinking=True,
+        tools=rules.use,
     )
     if body.stream:
         return await stream_response(request, chat.events(generation))
@@ -75,6 +79,52 @@ def _check_thinking(wish: bool | None, thinking: Thinking | None) -> None:
         raise InvalidRequest(message, param="enable_thinking")
 
 
+@dataclass(slots=True)
+class _Answer:
+    """What one choice has come to."""
+
+    content: StringIO = field(default_factory=StringIO)
+    reasoning: StringIO = field(default_factory=StringIO)
+    calls: list[tuple[str, StringIO]] = field(default_factory=list[tuple[str, StringIO]])  # names, arguments
+    logprobs: list[answer_schema.TokenLogprob] = field(default_factory=list[answer_schema.TokenLogprob])
+    token_ids: list[int] = field(default_factory=list[int])
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.content.write(piece.text)
+        self.reasoning.write(piece.reasoning)
+        for call in piece.calls:
+            if call.name is not None:
+                self.calls.append((call.name, StringIO()))
+            self.calls[call.index][1].write(call.arguments)
+        self.token_ids += piece.token_ids
+        self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
+
+    def message(self, *, has_reasoning: bool) -> answer_schema.AnswerMessage:
+        content = self.content.getvalue()
+        calls = [
+            answer_schema.ToolCall(
+                id=new_call_id(), function=answer_schema.CalledFunction(name=name, arguments=arguments.getvalue())
+            )
+            for name, arguments in self.calls
+        ]
+        return answer_schema.AnswerMessage(
+            content=content if content or not calls else None,
+            reasoning_content=(self.reasoning.getvalue() or None) if has_reasoning else None,
+            tool_calls=calls or None,
+        )
+
+
+def _call_deltas(call: CallDelta) -> Iterator[dict[str, Any]]:
+    """As OpenAI streams them: who is called, and then with what."""
+    if call.name is not None:
+        function = {"name": call.name, "arguments": ""}
+        yield {"index": call.index, "id": new_call_id(), "type": "function", "function": function}
+    if call.arguments:
+        yield {"index": call.index, "function": {"arguments": call.arguments}}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Chat:
     body: schema.ChatRequest
@@ -83,42 +133,39 @@ class _Chat:
     created: int
 
     async def whole(self, generation: Generation) -> answer_schema.ChatCompletion:
-        texts = [""] * len(generation.choices)
-        reasoning = [""] * len(texts)
-        logprobs: list[list[answer_schema.TokenLogprob]] = [[] for _ in texts]
-        last: list[Piece | None] = [None] * len(texts)
+        answers = [_Answer() for _ in generation.choices]
         of_prompt: tuple[TokenLogprobs, ...] = ()
         async with aclosing(generation.pieces()) as steps:
             async for pieces in steps:
                 for piece in pieces:
-                    texts[piece.index] += piece.text
-                    reasoning[piece.index] += self._reasoning(piece)
-                    logprobs[piece.index] += self._logprobs(piece)
+                    answers[piece.index].add(piece)
+                    answers[piece.index].logprobs += self._logprobs(piece)
                     of_prompt = of_prompt or piece.prompt_logprobs
-                    last[piece.index] = piece
-        choices = [
-            answer_schema.ChatChoice(
-                index=piece.index,
-                message=answer_schema.AnswerMessage(
-                    content=texts[piece.index], reasoning_content=reasoning[piece.index] or None
-                ),
-                logprobs=answer_schema.ChatLogprobs(content=logprobs[piece.index]) if self.body.logprobs else None,
-                finish_reason=piece.finish_reason or "stop",
-                stop_reason=piece.stop_reason,
-            )
-            for piece in last
-            if piece is not None
-        ]
         tokenizer = self.generator.tokenizer
         return answer_schema.ChatCompletion(
             id=self.id,
             created=self.created,
             model=self.generator.model.name,
-            choices=choices,
+            choices=[self._choice(index, answer) for index, answer in enumerate(answers)],
             usage=usage(generation),
+            service_tier=self._tier,
             system_fingerprint=self.generator.model.fingerprint,
             prompt_logprobs=prompt_logprobs(of_prompt, tokenizer) if self.body.prompt_logprobs is not None else None,
+            prompt_token_ids=self._prompt_ids(generation),
         )
+
+    def _choice(self, index: int, answer: _Answer) -> answer_schema.ChatChoice:
+        return answer_schema.ChatChoice(
+            index=index,
+            message=answer.message(has_reasoning=self.body.include_reasoning),
+            logprobs=answer_schema.ChatLogprobs(content=answer.logprobs) if self.body.logprobs else None,
+            finish_reason=answer.finish_reason or "stop",
+            stop_reason=answer.stop_reason,
+            token_ids=answer.token_ids if self.body.return_token_ids else None,
+        )
+
+    def _prompt_ids(self, generation: Generation) -> list[int] | None:
+        return list(generation.choices[0].request.prompt_token_ids) if self.body.return_token_ids else None
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes]:
         opened: set[int] = set()
@@ -129,7 +176,7 @@ class _Chat:
                     if piece.index not in opened:
                         opened.add(piece.index)
                         delta = {"role": "assistant", "content": "", "refusal": None}
-                        data += self._chunk(piece.index, delta, first=piece)
+                        data += self._chunk(piece.index, delta, first=piece, prompt_ids=self._prompt_ids(generation))
                     data += self._gains(piece)
                     if piece.finish_reason is not None:
                         data += self._chunk(piece.index, {}, last=piece)
@@ -139,13 +186,20 @@ class _Chat:
             yield event({**self._head(), "choices": [], "usage": usage(generation).model_dump()})
 
     def _gains(self, piece: Piece) -> bytes:
-        """A chunk for each kind of text; the log-probabilities of all come with the first."""
-        data = b""
-        logprobs = self._logprobs(piece)
+        """A chunk for each kind of text and each call; log-probabilities and token ids of all come with the first."""
+        deltas: list[dict[str, Any]] = []
         for kind, text in (("reasoning_content", self._reasoning(piece)), ("content", piece.text)):
-            if text or (logprobs and kind == "content"):
-                data += self._chunk(piece.index, {kind: text}, logprobs=logprobs)
-                logprobs = []
+            if text:
+                deltas.append({kind: text})
+        deltas += [{"tool_calls": [gained]} for call in piece.calls for gained in _call_deltas(call)]
+        logprobs = self._logprobs(piece)
+        token_ids = list(piece.token_ids) if self.body.return_token_ids else []
+        if not deltas and (logprobs or token_ids):
+            deltas.append({"content": ""})
+        data = b""
+        for delta in deltas:
+            data += self._chunk(piece.index, delta, logprobs=logprobs, token_ids=token_ids)
+            logprobs, token_ids = [], []
         return data
 
     def _reasoning(self, piece: Piece) -> str:
@@ -157,8 +211,14 @@ class _Chat:
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.generator.model.name,
+            "service_tier": self._tier,
             "system_fingerprint": self.generator.model.fingerprint,
         }
+
+    @property
+    def _tier(self) -> Literal["default"] | None:
+        """Said to whom has asked for one, as OpenAI does."""
+        return None if self.body.service_tier is None else "default"
 
     def _chunk(
         self,
@@ -166,6 +226,8 @@ class _Chat:
         delta: dict[str, Any],
         *,
         logprobs: list[answer_schema.TokenLogprob] | None = None,
+        token_ids: list[int] | None = None,
+        prompt_ids: list[int] | None = None,
         first: Piece | None = None,
         last: Piece | None = None,
     ) -> bytes:
@@ -174,7 +236,11 @@ class _Chat:
             choice["logprobs"] = {"content": [entry.model_dump() for entry in logprobs], "refusal": None}
         if last is not None:
             choice |= {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
+        if token_ids:
+            choice["token_ids"] = token_ids
         chunk = {**self._head(), "choices": [choice]}
+        if prompt_ids is not None:
+            chunk["prompt_token_ids"] = prompt_ids
         if first is not None and self.body.prompt_logprobs is not None:
             chunk["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, self.generator.tokenizer)
         if self.body.includes_usage:

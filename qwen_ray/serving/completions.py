@@ -13,11 +13,13 @@ from fastapi import Request
 from qwen_ray.core.errors import InvalidRequest, RequestTooLarge
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 from qwen_ray.serving import answer_schema, schema
-from qwen_ray.serving.answer import finite, prompt_logprobs, stream_response, token_text, usage
+from qwen_ray.serving.answer import finite, prompt_logprobs, stream_response, usage
 from qwen_ray.serving.call import Call
 from qwen_ray.serving.generation import Generation, Generator, new_id
 from qwen_ray.serving.sse import EventStream, event, unless_gone
 from qwen_ray.text.choice import Choice, Piece
+from qwen_ray.text.detokenizer import IncrementalDetokenizer
+from qwen_ray.text.fill_in import PREFIX, FillIn
 from qwen_ray.text.tokenizer import Tokenizer
 
 MAX_SEQUENCES = 1024  # of one request
@@ -30,22 +32,50 @@ async def create(
     call.limit(body.timeout, body.priority)
     if call.keeps_contents:
         call.request = body.prompt
-    sampling = _sampling(body)
+    sampling = await generator.with_grammar(_sampling(body), body.grammar())
     num_sequences = len(body.prompts()) * sampling.n
     if num_sequences > MAX_SEQUENCES:
         message = f"{len(body.prompts())} prompts with n={sampling.n} are {num_sequences}; at most {MAX_SEQUENCES}."
         raise RequestTooLarge(message, param="prompt", code="too_long")
-    prompts = [
-        await generator.encode(prompt, add_special_tokens=body.add_special_tokens)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in body.prompts()
-    ]
+    prompts = [await _encode(prompt, body, generator) for prompt in body.prompts()]
     completion = _Completion(body=body, generator=generator, id=new_id("cmpl"), created=int(call.arrival))
-    generation = generator.start(completion.id, prompts, sampling, param="prompt", call=call, priority=body.priority)
+    generation = generator.start(
+        completion.id,
+        prompts,
+        sampling,
+        param="prompt",
+        call=call,
+        priority=body.priority,
+        end_token_ids=_fill_in(body, generator).end_ids if body.suffix else (),
+    )
     if body.stream:
         return await stream_response(request, completion.events(generation))
     return await unless_gone(request, completion.whole(generation))
+
+
+async def _encode(prompt: str | list[int], body: schema.CompletionRequest, generator: Generator) -> list[int]:
+    if body.suffix:
+        fill_in = _fill_in(body, generator)
+        before = await generator.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
+        return fill_in.prompt(before, await generator.encode(body.suffix, add_special_tokens=False))
+    if isinstance(prompt, str):
+        return await generator.encode(prompt, add_special_tokens=body.add_special_tokens)
+    return prompt
+
+
+def _fill_in(body: schema.CompletionRequest, generator: Generator) -> FillIn:
+    """Raises InvalidRequest where there is no way to take a suffix into account."""
+    fill_in = generator.tokenizer.fill_in
+    if fill_in is None:
+        message = (
+            f"suffix: this model fills nothing in, its vocabulary has no {PREFIX}. Leave suffix out, or ask another."
+        )
+        raise InvalidRequest(message, param="suffix")
+    if body.echo:
+        raise InvalidRequest(
+            "echo does not go with suffix: the prompt is not the text before the answer.", param="echo"
+        )
+    return fill_in
 
 
 def _sampling(body: schema.CompletionRequest) -> SamplingParams:
@@ -64,27 +94,37 @@ class _Logprobs:
 
     tokenizer: Tokenizer
     num_top: int
+    detokenizer: IncrementalDetokenizer
     offset: int = 0
     shown: dict[str, list[Any]] = field(
         default_factory=lambda: {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     )
 
     def add(self, token_id: int, entry: TokenLogprobs | None) -> None:
-        text = token_text(self.tokenizer, token_id)
+        text = _token(self.tokenizer, token_id)
         top = None
         if entry is not None:
-            top = {token_text(self.tokenizer, i): finite(logprob) for i, logprob in entry.top[: self.num_top]}
+            top = {_token(self.tokenizer, i): finite(logprob) for i, logprob in entry.top[: self.num_top]}
             top[text] = finite(entry.logprob)
         self.shown["tokens"].append(text)
         self.shown["token_logprobs"].append(None if entry is None else finite(entry.logprob))
         self.shown["top_logprobs"].append(top)
         self.shown["text_offset"].append(self.offset)
-        self.offset += len(text)
+        self.offset += len(self.detokenizer.push((token_id,)))
 
     def take(self) -> dict[str, list[Any]]:
         shown = self.shown
         self.shown = {name: [] for name in shown}
         return shown
+
+
+def _token(tokenizer: Tokenizer, token_id: int) -> str:
+    """Parts of characters as OpenAI writes them: as text, many tokens would be the same."""
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +136,7 @@ class _Completion:
 
     async def whole(self, generation: Generation) -> answer_schema.Completion:
         texts = [""] * len(generation.choices)
+        token_ids: list[list[int]] = [[] for _ in texts]
         logprobs = self._columns(generation)
         of_prompt: list[answer_schema.PromptLogprobs | None] = [None] * len(texts)
         last: dict[int, Piece] = {}
@@ -104,9 +145,11 @@ class _Completion:
                 for piece in pieces:
                     is_first = piece.index not in last
                     texts[piece.index] += self._show(generation.choices[piece.index], piece, is_first, logprobs)
+                    token_ids[piece.index] += self._token_ids(piece)
                     if is_first:
                         of_prompt[piece.index] = self._prompt_logprobs(piece)
                     last[piece.index] = piece
+        wants_ids = self.body.return_token_ids
         choices = [
             answer_schema.CompletionChoice(
                 index=index,
@@ -115,6 +158,8 @@ class _Completion:
                 finish_reason=piece.finish_reason,
                 stop_reason=piece.stop_reason,
                 prompt_logprobs=of_prompt[index],
+                prompt_token_ids=list(generation.choices[index].request.prompt_token_ids) if wants_ids else None,
+                token_ids=token_ids[index] if wants_ids else None,
             )
             for index, piece in sorted(last.items())
         ]
@@ -137,8 +182,14 @@ class _Completion:
                     is_first = piece.index not in opened
                     opened.add(piece.index)
                     text = self._show(generation.choices[piece.index], piece, is_first, logprobs)
-                    if text or piece.logprobs or piece.finish_reason is not None:
-                        data += self._chunk(piece, text, is_first, logprobs)
+                    if (
+                        text
+                        or is_first
+                        or piece.logprobs
+                        or self.body.return_token_ids
+                        or piece.finish_reason is not None
+                    ):
+                        data += self._chunk(generation.choices[piece.index], piece, text, is_first, logprobs)
                 if data:
                     yield data
         if self.body.includes_usage:
@@ -147,7 +198,14 @@ class _Completion:
     def _columns(self, generation: Generation) -> list[_Logprobs]:
         """One per choice if they are asked for, else none."""
         count = self.body.logprobs
-        return [] if count is None else [_Logprobs(self.generator.tokenizer, count) for _ in generation.choices]
+        if count is None:
+            return []
+        tokenizer = self.generator.tokenizer
+        skips = self.body.skip_special_tokens
+        return [
+            _Logprobs(tokenizer, count, IncrementalDetokenizer(tokenizer, skip_special_tokens=skips))
+            for _ in generation.choices
+        ]
 
     def _show(self, choice: Choice, piece: Piece, is_first: bool, logprobs: list[_Logprobs]) -> str:
         """The text of a piece, after the prompt where it is echoed; its log-probabilities go into `logprobs`."""
@@ -163,6 +221,9 @@ class _Completion:
     @property
     def _is_echo_only(self) -> bool:
         return self.body.max_tokens == 0
+
+    def _token_ids(self, piece: Piece) -> list[int]:
+        return [] if self._is_echo_only else list(piece.token_ids)
 
     def _usage(self, generation: Generation) -> answer_schema.Usage:
         used = usage(generation)
@@ -184,18 +245,21 @@ class _Completion:
             "system_fingerprint": self.generator.model.fingerprint,
         }
 
-    def _chunk(self, piece: Piece, text: str, is_first: bool, logprobs: list[_Logprobs]) -> bytes:
-        choice: dict[str, Any] = {
+    def _chunk(self, choice: Choice, piece: Piece, text: str, is_first: bool, logprobs: list[_Logprobs]) -> bytes:
+        shown: dict[str, Any] = {
             "index": piece.index,
             "text": text,
             "logprobs": logprobs[piece.index].take() if logprobs else None,
             "finish_reason": piece.finish_reason,
         }
         if piece.finish_reason is not None:
-            choice["stop_reason"] = piece.stop_reason
+            shown["stop_reason"] = piece.stop_reason
         if is_first and self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = self._prompt_logprobs(piece)
-        chunk = {**self._head(), "choices": [choice]}
+            shown["prompt_logprobs"] = self._prompt_logprobs(piece)
+        if self.body.return_token_ids:
+            shown["token_ids"] = self._token_ids(piece)
+            shown |= {"prompt_token_ids": list(choice.request.prompt_token_ids)} if is_first else {}
+        chunk = {**self._head(), "choices": [shown]}
         if self.body.includes_usage:
             chunk["usage"] = None
         return event(chunk)

@@ -11,19 +11,22 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestError
-from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
+from qwen_ray.core.request import GenerateRequest, Grammar, SamplingParams, TokenDelta
 from qwen_ray.core.stats import RequestTimes
+from qwen_ray.grammar.checker import GrammarChecker
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.call import Call
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.serving.journal import Stream
+from qwen_ray.text.chat import Conversation
 from qwen_ray.text.choice import Choice, Piece
 from qwen_ray.text.tokenizer import Tokenizer
+from qwen_ray.text.tool_calls import ToolUse
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ T = TypeVar("T")
 
 # Text longer than this is tokenized in a thread: beside the loop it delays nobody's stream.
 MAX_CHARACTERS_ON_LOOP = 4096
+# What a request says in fields of its own, and so not through chat_template_kwargs.
+NOT_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +106,7 @@ class Generation:
                             continue
                         pieces.append(choice.push(delta))
                         clock.took(choice, len(pieces[-1].token_ids))
-                        self._call.gets(choice.index, len(pieces[-1].token_ids), pieces[-1].reasoning + pieces[-1].text)
+                        self._call.gets(choice.index, len(pieces[-1].token_ids), pieces[-1].said)
                         self._on_text(choice, pieces[-1])
                         if choice.finish_reason is not None:
                             stream.drop(request_id)
@@ -183,6 +188,7 @@ class Generator:
         tokenizer: Tokenizer,
         dispatcher: Dispatcher,
         recorder: IngressRecorder,
+        grammars: GrammarChecker,
         *,
         log_requests: bool = False,
     ) -> None:
@@ -190,28 +196,48 @@ class Generator:
         self.tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._recorder = recorder
+        self._grammars = grammars
         self._log_requests = log_requests
 
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, variables: Mapping[str, Any]
-    ) -> list[int]:
+    async def encode_chat(self, conversation: Conversation) -> list[int]:
         """Raises InvalidRequest when the chat template refuses the messages."""
-        taken = {"messages", "tools", "add_generation_prompt"} & variables.keys()
-        if taken:
+        variables = conversation.variables
+        if taken := NOT_VARIABLES & variables.keys():
             raise InvalidRequest(f"chat_template_kwargs must not hold {min(taken)}.", param="chat_template_kwargs")
 
         def encode() -> list[int]:
-            text = self.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+            text = self.tokenizer.render_chat(
+                conversation.messages,
+                conversation.tools or None,
+                add_generation_prompt=conversation.begins_answer,
+                continue_final_message=conversation.continues,
+                **variables,
+            )
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-        texts = [text for message in messages for key in ("content", "reasoning_content") if (text := message.get(key))]
-        return await _off_loop(encode, sum(map(len, texts)) + len(messages))
+        return await _off_loop(encode, conversation.num_characters)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return await _off_loop(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         return await _off_loop(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids))
+
+    async def with_grammar(
+        self, sampling: SamplingParams, asked: tuple[str, Grammar] | None, *, after_thinking: bool = False
+    ) -> SamplingParams:
+        """`asked`: the field that came with a grammar, and the grammar. Raises InvalidRequest, Overloaded, NotReady."""
+        if asked is None:
+            return sampling
+        param, grammar = asked
+        if not self.model.eos_token_ids:
+            message = f"{param}: this model has no token to end a text with, so that it cannot follow a grammar."
+            raise InvalidRequest(message, param=param)
+        try:
+            grammar = await self._grammars.check(grammar)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{param}: {error.message}", param=param, code="invalid_grammar") from error
+        return replace(sampling, grammar=replace(grammar, after_thinking=after_thinking))
 
     def start(
         self,
@@ -223,12 +249,19 @@ class Generator:
         call: Call,
         priority: int = 0,
         splits_thinking: bool = False,
+        tools: ToolUse | None = None,
+        end_token_ids: Sequence[int] = (),
     ) -> Generation:
-        """`param` is the field that prompts came in. Raises InvalidRequest, ContextLengthExceeded, RateLimited."""
+        """`param` is the field that prompts came in; `end_token_ids` end an answer as the model's own do.
+
+        Raises InvalidRequest, ContextLengthExceeded, RateLimited.
+        """
         self.check_ids("logit_bias", sampling.logit_bias)
         self.check_ids("stop_token_ids", sampling.stop_token_ids)
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
-        ends = () if sampling.ignore_eos else self.model.eos_token_ids
+        # With a grammar, ignore_eos is the ranks' business: they know when nothing else is left.
+        keeps_ends = not sampling.ignore_eos or sampling.grammar is not None
+        ends = (*self.model.eos_token_ids, *end_token_ids) if keeps_ends else ()
         choices: list[Choice] = []
         for number, prompt in enumerate(prompts):
             self.check_ids(param, prompt)
@@ -246,7 +279,14 @@ class Generator:
                 arrival=time.time(),  # at the replicas: what was spent on text before is not time in their queue
             )
             choices += [
-                Choice(len(choices) + i, single, sampling.stop, self.tokenizer, splits_thinking=splits_thinking)
+                Choice(
+                    len(choices) + i,
+                    single,
+                    sampling.stop,
+                    self.tokenizer,
+                    splits_thinking=splits_thinking,
+                    tools=tools,
+                )
                 for i, single in enumerate(request.choices())
             ]
         call.asks(sum(map(len, prompts)))
@@ -259,7 +299,7 @@ class Generator:
         if choice.num_tokens == len(piece.token_ids):
             prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
             logger.info("%s asks %r with %s", request.request_id, prompt, request.sampling)
-        logger.info("%s gets %r %s", request.request_id, piece.reasoning + piece.text, piece.finish_reason or "")
+        logger.info("%s gets %r %s", request.request_id, piece.said, piece.finish_reason or "")
 
     def _room(self, prompt: Sequence[int], max_tokens: int | None, param: str) -> int:
         """How many tokens may follow `prompt`."""
@@ -288,6 +328,10 @@ class Generator:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 async def _off_loop(work: Callable[[], T], num_characters: int) -> T:

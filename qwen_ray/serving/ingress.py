@@ -19,6 +19,7 @@ from qwen_ray.cluster.channel import Channel, Listener, connect, listen
 from qwen_ray.cluster.directory import Directory, Entry
 from qwen_ray.config import ObservabilitySettings, Settings
 from qwen_ray.core.plan import ReplicaSpec
+from qwen_ray.grammar.checker import GrammarChecker
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.audit import AuditLog
 from qwen_ray.serving.dispatch import Dispatcher
@@ -62,6 +63,7 @@ class Ingress:
         audit = _audit_log(settings.observability)
         tokenizer = await asyncio.to_thread(Tokenizer.load, Path(spec.path), settings.models[0].load_format)
         recorder = IngressRecorder(model.name, ingress)
+        self._grammars = GrammarChecker(Path(spec.path), settings.models[0].load_format, model.vocab_size)
         self._directory = Directory(app)
         self._dispatcher = Dispatcher(
             lambda: self._directory.list("replica"),
@@ -82,7 +84,12 @@ class Ingress:
         fleet = Fleet(ingress, self._dispatcher, recorder, lambda: self._directory.list("ingress"), open_channel)
         self._service = Service(
             generator=Generator(
-                model, tokenizer, self._dispatcher, recorder, log_requests=settings.observability.log_requests
+                model,
+                tokenizer,
+                self._dispatcher,
+                recorder,
+                self._grammars,
+                log_requests=settings.observability.log_requests,
             ),
             dispatcher=self._dispatcher,
             recorder=recorder,
@@ -94,6 +101,7 @@ class Ingress:
             max_body_bytes=settings.http.max_body_bytes,
             audit=audit,
         )
+        self._grammars.start()
         await self._dispatcher.start()
         if await self._directory.list("ingress"):
             # An update, perhaps to another model: the old one serves until this one can.
@@ -126,3 +134,4 @@ class Ingress:
         await self._directory.withdraw()
         await self._dispatcher.close()
         await self._listener.close()
+        await self._grammars.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
 
 from qwen_ray.core.errors import UnknownModel
 from qwen_ray.metrics.exporter import CONTENT_TYPE
@@ -55,12 +56,37 @@ class Service:
         )
 
 
-router = APIRouter()
+_ERROR: dict[str, Any] = {"model": answer_schema.ErrorAnswer}
+router = APIRouter(
+    responses={
+        "4XX": {**_ERROR, "description": "The request is wrong, or too much."},
+        "5XX": {**_ERROR, "description": "It cannot be answered now, or something went wrong here."},
+    }
+)
+
+
+class Api(FastAPI):
+    """Its document tells of wrong requests as they are answered: with OpenAI's body, and never with 422."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+
+def _answers(model: type[BaseModel], chunks: str) -> dict[int | str, dict[str, Any]]:
+    """Of a route that streams where it is asked to."""
+    events = {"schema": {"type": "string", "description": f"Events `data: …`: {chunks} objects, and [DONE]."}}
+    return {200: {"model": model, "content": {"text/event-stream": events}}}
 
 
 def create_app(service: Service) -> FastAPI:
     # No interactive pages: they load their scripts from the internet.
-    app = FastAPI(title="qwen-ray", version=VERSION, docs_url=None, redoc_url=None)
+    app = Api(title="qwen-ray", version=VERSION, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
@@ -74,14 +100,18 @@ def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-@router.post("/v1/chat/completions", response_model=None, responses={200: {"model": answer_schema.ChatCompletion}})
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses=_answers(answer_schema.ChatCompletion, "chat.completion.chunk"),
+)
 async def chat_completions(body: schema.ChatRequest, request: Request) -> answer_schema.ChatCompletion | Response:
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
     return await chat.create(body, request, service.generator, Call.of(request.scope))
 
 
-@router.post("/v1/completions", response_model=None, responses={200: {"model": answer_schema.Completion}})
+@router.post("/v1/completions", response_model=None, responses=_answers(answer_schema.Completion, "text_completion"))
 async def text_completions(body: schema.CompletionRequest, request: Request) -> answer_schema.Completion | Response:
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
@@ -106,11 +136,7 @@ async def tokenize(body: schema.TokenizeRequest, request: Request) -> answer_sch
     service.check_model(body.model, Call.of(request.scope))
     generator = service.generator
     if body.messages is not None:
-        tokens = await generator.encode_chat(
-            [message.to_template() for message in body.messages],
-            add_generation_prompt=body.add_generation_prompt,
-            variables=body.chat_template_kwargs,
-        )
+        tokens = await generator.encode_chat(body.to_conversation(body.messages))
     else:
         tokens = await generator.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
     texts = [token_text(generator.tokenizer, token) for token in tokens] if body.return_token_strs else None
@@ -127,6 +153,23 @@ async def detokenize(body: schema.DetokenizeRequest, request: Request) -> answer
     return answer_schema.DetokenizeAnswer(prompt=await service.generator.decode(body.tokens))
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> answer_schema.TokenizerInfo:
+    """For tokenizers at a distance, such as lm-eval's."""
+    generator = _service(request).generator
+    tokenizer = generator.tokenizer
+    special = tokenizer.special_tokens
+    return answer_schema.TokenizerInfo(
+        vocab_size=tokenizer.vocab_size,
+        model_max_length=generator.model.max_model_len,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        pad_token=special.get("pad_token"),
+        unk_token=special.get("unk_token"),
+        chat_template=tokenizer.chat_template,
+    )
+
+
 @router.get("/health/live")
 async def live() -> dict[str, str]:
     """This process answers."""
@@ -141,7 +184,7 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/health/startup")
+@router.get("/health/startup", responses={503: {"description": "No replica is ready yet; the body is the same."}})
 async def startup(request: Request) -> JSONResponse:
     """How far loading is; 200 as soon as one replica is ready."""
     statuses = _service(request).dispatcher.statuses

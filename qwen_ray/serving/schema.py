@@ -6,25 +6,30 @@ fields are errors, and so is a known one that is not built yet and carries more 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from qwen_ray.core.request import MAX_LOGIT_BIAS, SamplingParams
-
-# JSON numbers only: "0.5" and true are mistakes, not numbers. Ranges are SamplingParams' business.
-Number = Annotated[float, Field(strict=True)]
-Count = Annotated[int, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-# Unless it fails fast, every wrong item is an error that is kept: a body of 8 MiB can hold millions.
-TokenIds = Annotated[list[Count], Field(max_length=2**20, fail_fast=True)]
-
+from qwen_ray.serving.fields import (
+    Amount,
+    Count,
+    Flag,
+    Number,
+    Part,
+    Switch,
+    TokenIds,
+    null_is_default,
+    refuse_many_keys,
+)
+from qwen_ray.serving.grammar_schema import GrammarFields
+from qwen_ray.serving.message_schema import ConversationFields, Messages
+from qwen_ray.serving.tool_schema import ToolChoice
+from qwen_ray.text.chat import Conversation
 
 MAX_TIMEOUT = 7 * 24 * 3600.0  # seconds
 MAX_DEPTH = 100  # of objects and lists in one another
-MAX_KEYS = 100  # of an object whose keys are known
-MAX_MESSAGES = 2048  # as OpenAI has it, like the number of parts
-MAX_PARTS = 2048
 
 
 def _is_deep(value: Any) -> bool:
@@ -42,13 +47,6 @@ def _containers(value: dict[str, Any] | list[Any]) -> list[Any]:
     if not {dict, list} & set(map(type, items)):
         return []
     return [item for item in items if isinstance(item, dict | list)]
-
-
-def _refuse_many_keys(value: Any) -> Any:
-    """Each unknown one would be an error of its own, kept until all are found."""
-    if isinstance(value, dict) and len(value) > MAX_KEYS:
-        raise ValueError(f"has more than {MAX_KEYS} fields")
-    return value
 
 
 def _one_or_many(value: Any) -> Any:
@@ -82,7 +80,7 @@ class Request(BaseModel):
             return data
         if _is_deep(data):
             raise ValueError(f"the body has more than {MAX_DEPTH} objects and lists in one another")
-        _refuse_many_keys(data)
+        refuse_many_keys(data)
         for name, defaults in cls.not_built.items():
             value = data.get(name)
             if value is not None and value not in ([], {}, *defaults):
@@ -98,25 +96,17 @@ class NotBuilt(ValueError):
         self.param = param
 
 
-class Part(BaseModel):
-    """What a body holds many of."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_small(cls, data: Any) -> Any:
-        return _refuse_many_keys(data)
-
-
 class StreamOptions(Part):
-    include_usage: Flag = False
+    """Nothing is added to events to hide how long they are, whatever OpenAI does."""
+
+    include_usage: Switch = False
+    include_obfuscation: Literal[False] | None = None
 
 
-class SamplingFields(Request):
+class SamplingFields(GrammarFields, Request):
     """What chat and completions have in common."""
 
-    n: Count = 1
+    n: Amount = 1
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: Count | None = None
@@ -124,19 +114,26 @@ class SamplingFields(Request):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: Annotated[dict[int, Number], BeforeValidator(_token_keys)] = Field(default_factory=dict)
+    logit_bias: Annotated[
+        dict[int, Number], BeforeValidator(_token_keys, json_schema_input_type=dict[str, float] | None)
+    ] = Field(default_factory=dict)
     seed: Count | None = None
-    stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(_one_or_many)] = Field(default_factory=list)
-    include_stop_str_in_output: Flag = False
-    stop_token_ids: TokenIds = Field(default_factory=list)
-    ignore_eos: Flag = False
+    stop: Annotated[
+        list[str], Field(fail_fast=True), BeforeValidator(_one_or_many, json_schema_input_type=str | list[str] | None)
+    ] = Field(default_factory=list)
+    include_stop_str_in_output: Switch = False
+    stop_token_ids: Annotated[TokenIds, BeforeValidator(null_is_default, json_schema_input_type=TokenIds | None)] = (
+        Field(default_factory=list)
+    )
+    ignore_eos: Switch = False
     max_tokens: Count | None = None
-    min_tokens: Count = 0
+    min_tokens: Amount = 0
     prompt_logprobs: Count | None = None
-    skip_special_tokens: Flag = True
-    priority: Annotated[Count, Field(ge=-(2**31), lt=2**31)] = 0
+    return_token_ids: Switch = False
+    skip_special_tokens: Switch = True
+    priority: Annotated[Amount, Field(ge=-(2**31), lt=2**31)] = 0
     timeout: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT)] | None = None
-    stream: Flag = False
+    stream: Switch = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -171,62 +168,10 @@ class SamplingFields(Request):
         )
 
 
-class TextPart(Part):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Part):
-    """One message of a conversation. Parts other than text are refused."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[None, BeforeValidator(lambda value: value or None)] = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role!r} needs content")
-        return self
-
-    def to_template(self) -> dict[str, Any]:
-        """As chat templates want it: plain strings."""
-        content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
-        role = "system" if self.role == "developer" else self.role
-        extra = {
-            key: value
-            for key, value in (("name", self.name), ("reasoning_content", self.reasoning_content))
-            if value is not None
-        }
-        return {"role": role, "content": text, **extra}
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class Conversation(Request):
-    """What becomes a prompt through the chat template."""
-
-    messages: Messages
-    add_generation_prompt: Flag = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-
-class ChatRequest(SamplingFields, Conversation):
+class ChatRequest(SamplingFields, ConversationFields):
     not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": (),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": (),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -234,20 +179,24 @@ class ChatRequest(SamplingFields, Conversation):
         "reasoning_effort": (),
         "verbosity": (),
         "store": (False,),
-        "service_tier": ("auto", "default"),
-        "structured_outputs": (),
+        "moderation": (),
+        "prompt_cache_options": (),
         "chat_template": (),
-        "continue_final_message": (False,),
     }
 
+    messages: Messages
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Flag | None = None
+    service_tier: Literal["auto", "default"] | None = None
     max_completion_tokens: Count | None = None
     enable_thinking: Flag | None = None
     thinking_budget: Count | None = None
-    include_reasoning: Flag = True
-    logprobs: Flag = False
+    include_reasoning: Switch = True
+    logprobs: Switch = False
     top_logprobs: Count | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _alternatives_come_with_logprobs(self) -> Self:
@@ -261,10 +210,11 @@ class ChatRequest(SamplingFields, Conversation):
             raise ValueError("enable_thinking contradicts chat_template_kwargs.enable_thinking")
         return self
 
-    @property
-    def template_variables(self) -> dict[str, Any]:
+    def conversation(self) -> Conversation:
+        """With tools only where they may be called. Raises InvalidRequest."""
+        conversation = self.to_conversation(self.messages, has_tools=self.tool_choice != "none")
         given = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        return {**self.chat_template_kwargs, **given}
+        return replace(conversation, variables={**conversation.variables, **given})
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
@@ -289,16 +239,14 @@ Prompt = Annotated[
 
 class CompletionRequest(SamplingFields):
     not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "suffix": ("",),
         "best_of": (1,),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
     }
 
     prompt: Prompt
-    echo: Flag = False
+    suffix: str | None = None
+    echo: Switch = False
     logprobs: Count | None = None
-    add_special_tokens: Flag = True
+    add_special_tokens: Switch = True
     max_tokens: Count | None = 16
 
     def prompts(self) -> list[str | list[int]]:
@@ -307,15 +255,13 @@ class CompletionRequest(SamplingFields):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(ConversationFields, Request):
     """vLLM's: a prompt, or the messages of a chat."""
 
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: Flag = True
-    add_generation_prompt: Flag = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    return_token_strs: Flag = False
+    add_special_tokens: Switch = True
+    return_token_strs: Switch = False
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

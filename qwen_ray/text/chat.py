@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NoReturn, cast
 
@@ -20,6 +21,30 @@ import jinja2.sandbox
 
 from qwen_ray.core.errors import CheckpointError, InvalidRequest
 
+MANY_CHARACTERS = 2**16
+_CUT = "\ue000cut\ue000"  # of private use: it stands in no text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What becomes a prompt. `begins_answer` opens a new message, `continues` leaves the last one open.
+
+    `variables` are the template's own switches.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    begins_answer: bool = True
+    continues: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def num_characters(self) -> int:
+        """At most so many, of what is not the template's: a measure of the work. Tools and calls count as very long."""
+        texts = sum(len(one.get(key) or "") for one in self.messages for key in ("content", "reasoning_content"))
+        num_calls = sum(len(one.get("tool_calls") or ()) for one in self.messages)
+        return texts + len(self.messages) + MANY_CHARACTERS * (len(self.tools) + num_calls)
+
 
 class ChatTemplate:
     """A model's templates, compiled once. `special_tokens` are variables that every template sees."""
@@ -27,6 +52,7 @@ class ChatTemplate:
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
         self._texts = tuple(templates.values())
+        self.default_text = templates.get("default")
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, jinja2.Template] = {}
         for name, text in templates.items():
@@ -41,25 +67,37 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """Raises InvalidRequest when there is no template, or when it refuses these messages."""
+        """Raises InvalidRequest when there is no template, or when it refuses these messages.
+
+        With `continue_final_message` it ends where the last message's content does.
+        """
         template = self._pick(tools)
         if not messages:
             raise InvalidRequest("messages must not be empty.", param="messages")
+        plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+        if continue_final_message:
+            plain[-1]["content"] = plain[-1].get("content", "") + _CUT
         given = {**self._special_tokens, **variables}
         given |= {
-            "messages": [_plain_message(message, index) for index, message in enumerate(messages)],
+            "messages": plain,
             "tools": [dict(tool) for tool in tools] if tools else None,
             "documents": variables.get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return template.render(given)
+            text = template.render(given)
         except Exception as error:  # whatever a template does with messages it did not expect
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
+        if not continue_final_message:
+            return text
+        if _CUT not in text:
+            raise InvalidRequest("The model's chat template does not show the last message.", param="messages")
+        return text[: text.rindex(_CUT)]
 
     def speaks_of(self, text: str) -> bool:
         """Whether a template has `text` in it."""

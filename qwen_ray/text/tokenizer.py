@@ -18,8 +18,10 @@ from qwen_ray.core.request import SamplingParams, Thinking
 from qwen_ray.text.byte_vocabulary import byte_vocabulary
 from qwen_ray.text.chat import ChatTemplate
 from qwen_ray.text.directory_tokenizer import read_directory_vocabulary
+from qwen_ray.text.fill_in import FillIn
 from qwen_ray.text.gguf_tokenizer import read_gguf_vocabulary
 from qwen_ray.text.qwen_markup import THINK_END, THINK_START
+from qwen_ray.text.tool_calls import CALL_TAGS, ToolSyntax, tool_syntax
 from qwen_ray.text.vocabulary import Vocabulary
 
 # Qwen's own words for a block whose budget is spent (Qwen3 Technical Report, section 4.3, and its documentation).
@@ -30,7 +32,11 @@ OUT_OF_BUDGET = (
 
 
 class Tokenizer:
-    """`thinking` is None for a model that does not think: its chat template or its vocabulary has no `</think>`."""
+    """`thinking` is None for a model that does not think: its chat template or its vocabulary has no `</think>`.
+
+    `tool_syntax` is None for a model that calls no tools: its chat template shows no call. `fill_in` is None for one
+    whose vocabulary has no tokens for that.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         backend = vocabulary.backend
@@ -41,9 +47,13 @@ class Tokenizer:
         self.eos_token_ids = vocabulary.eos_token_ids
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self.special_tokens = dict(vocabulary.special_tokens)  # role to text
+        self.fill_in = FillIn.find(backend.token_to_id)
         self.thinking = self._find_thinking()
+        self.tool_syntax: ToolSyntax | None = tool_syntax(self._chat.speaks_of)
         # Some checkpoints call these special; they are needed in the text.
-        tags = (self.thinking.start_id, self.thinking.end_id) if self.thinking else ()
+        tags = [self.thinking.start_id, self.thinking.end_id] if self.thinking else []
+        tags += [i for tag in CALL_TAGS if self.tool_syntax and (i := backend.token_to_id(tag)) is not None]
         self.special_token_ids = special.difference(tags)
 
     @classmethod
@@ -92,20 +102,30 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """OpenAI messages as the prompt that the model was trained on. `variables` are the template's own switches.
 
         Raises InvalidRequest: no template, a part that is not text, or the template refuses.
         """
-        return self._chat.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        return self._chat.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._chat.default_text
 
     def thinking_after(self, prompt_token_ids: Sequence[int]) -> Thinking | None:
         """`thinking` of an answer to this prompt: open if the prompt ends with `<think>` and white space."""
         if self.thinking is None:
             return None
-        last = next((i for i in reversed(prompt_token_ids) if self.token_bytes(i).strip()), None)
-        return replace(self.thinking, starts_open=last == self.thinking.start_id)
+        return replace(self.thinking, starts_open=self._last_visible(prompt_token_ids) == self.thinking.start_id)
 
     def with_thinking(self, sampling: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
         """`sampling` in this model's tokens. Raises InvalidRequest: a thinking budget, and the model does not think."""
@@ -115,7 +135,17 @@ class Tokenizer:
                 f"or its vocabulary has no {THINK_END}. Leave it out.",
                 param="thinking_budget",
             )
-        return replace(sampling, thinking=self.thinking_after(prompt_token_ids))
+        thinking = self.thinking_after(prompt_token_ids)
+        grammar = sampling.grammar
+        if grammar is not None and grammar.after_thinking:
+            # After a block that the prompt has closed, there is no other.
+            may_think = thinking is not None and self._last_visible(prompt_token_ids) != thinking.end_id
+            grammar = replace(grammar, after_thinking=may_think)
+        return replace(sampling, thinking=thinking, grammar=grammar)
+
+    def _last_visible(self, token_ids: Sequence[int]) -> int | None:
+        """The last token that is not white space."""
+        return next((i for i in reversed(token_ids) if self.token_bytes(i).strip()), None)
 
     def _find_thinking(self) -> Thinking | None:
         start_id, end_id = (self._backend.token_to_id(tag) for tag in (THINK_START, THINK_END))

@@ -5,23 +5,39 @@ Knows the order of things. Threads, memory and counters are `worker.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.grammar.matcher import GrammarCompiler
 from qwen_ray.models.stage import Stage
+from qwen_ray.worker.grammars import GrammarMasks
 from qwen_ray.worker.prepare import prepare
 from qwen_ray.worker.sampler import describe_prompts, sample
 from qwen_ray.worker.sequences import SequenceTable
 
 
 class Runner:
-    """Owns the rank's sequences. `model` has its weights and its KV cache, and may have run before."""
+    """Owns the rank's sequences. `model` has its weights and its KV cache, and may have run before.
 
-    def __init__(self, model: Stage, *, block_size: int, device: torch.device) -> None:
+    `compiler` gives one for grammars, once it is there, on a rank that samples. Where that is None, sequences that have
+    a grammar end with an error.
+    """
+
+    def __init__(
+        self,
+        model: Stage,
+        *,
+        block_size: int,
+        device: torch.device,
+        compiler: Callable[[], GrammarCompiler | None] = lambda: None,
+    ) -> None:
         self._model = model
         self._block_size = block_size
         self._device = device
         self._sequences = SequenceTable()
+        self._grammars = GrammarMasks(compiler)
         self._expert_tokens = model.expert_tokens()  # before this runner
 
     @torch.inference_mode()
@@ -36,6 +52,7 @@ class Runner:
         if not states and self._model.shard.dp_size == 1:
             return StepResult(step_id=batch.step_id) if samples else None
         prepared = prepare(batch.chunks, states, block_size=self._block_size, device=self._device)
+        masks = self._grammars.start(prepared.samples if samples else ())
         logits = self._model(prepared.forward)
         if not samples:
             return None
@@ -43,7 +60,7 @@ class Runner:
         rows = logits[list(prepared.sample_rows)] if prepared.prompts else logits
         return StepResult(
             step_id=batch.step_id,
-            samples=tuple(sample(rows, prepared.samples)) if prepared.samples else (),
+            samples=tuple(sample(rows, prepared.samples, masks.result())) if prepared.samples else (),
             prompt_logprobs=tuple(prompts),
         )
 

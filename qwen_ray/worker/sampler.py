@@ -3,8 +3,9 @@
 A token depends on (request seed, position, logits) and the request's own tokens, never on batch neighbours or on what
 was drawn before: a resumed sequence goes on with the same tokens. Knows no models, blocks or ranks.
 
-Order, as in vLLM: logit_bias, penalties, min_tokens; then temperature, top_k, top_p, min_p. Where a thinking budget is
-spent, its ending is said whatever these come to. Log-probabilities are of the model's own distribution, before all.
+Order, as in vLLM: logit_bias, penalties, min_tokens, grammar; then temperature, top_k, top_p, min_p. Where a thinking
+budget is spent, its ending is said whatever these come to. Log-probabilities are of the model's own distribution,
+before all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 from qwen_ray.core.step import PromptLogprobs, Sample
+from qwen_ray.worker.grammars import NO_MASKS, TokenMasks
 from qwen_ray.worker.noise import gumbel, stream_key
 from qwen_ray.worker.prepare import PromptRows, to_tensor
 from qwen_ray.worker.sequences import SequenceState
@@ -27,12 +29,13 @@ NUM_BEST = 512  # of so many tokens top_k and top_p choose before anything is so
 MIN_TEMPERATURE = 1e-5  # below it, the same as greedy but for ties
 
 
-def sample(logits: torch.Tensor, states: Sequence[SequenceState]) -> list[Sample]:
+def sample(logits: torch.Tensor, states: Sequence[SequenceState], masks: TokenMasks = NO_MASKS) -> list[Sample]:
     """One token for each of `states` from its row of `logits` [len(states), vocab] float32, which is overwritten."""
     is_finite = logits.sum(-1).isfinite().tolist()
     wanted = [i for i, state in enumerate(states) if state.sampling.logprobs is not None and is_finite[i]]
     raw = logits[wanted] if wanted else None
     adjust(logits, states)
+    masks.apply(logits)
     token_ids: list[int] = logits.argmax(-1).tolist()
     forced = {i: token for i, state in enumerate(states) if (token := state.forced_token) is not None}
     drawn = [i for i, state in enumerate(states) if not state.sampling.is_greedy and is_finite[i] and i not in forced]
@@ -47,10 +50,11 @@ def sample(logits: torch.Tensor, states: Sequence[SequenceState]) -> list[Sample
         chosen = [token_ids[i] for i in wanted]
         num_top = [states[i].sampling.logprobs or 0 for i in wanted]
         logprobs = dict(zip(wanted, describe(raw, chosen, num_top), strict=True))
+    errors = {i: "the model's logits are not finite" for i in range(len(states)) if not is_finite[i]} | masks.errors
     return [
-        Sample(sequence_id=state.sequence_id, token_id=token_ids[i], logprobs=logprobs.get(i))
-        if is_finite[i]
-        else Sample(sequence_id=state.sequence_id, token_id=0, error="the model's logits are not finite")
+        Sample(sequence_id=state.sequence_id, token_id=0, error=errors[i])
+        if i in errors
+        else Sample(sequence_id=state.sequence_id, token_id=token_ids[i], logprobs=logprobs.get(i))
         for i, state in enumerate(states)
     ]
 
@@ -229,7 +233,7 @@ def _forbid_stops(logits: torch.Tensor, states: Sequence[SequenceState]) -> None
     entries = [
         (row, token_id)
         for row, state in enumerate(states)
-        if state.num_output_tokens < state.sampling.min_tokens
+        if state.num_output_tokens < state.sampling.min_tokens and state.sampling.grammar is None
         for token_id in state.stop_token_ids
         if 0 <= token_id < logits.shape[1]
     ]

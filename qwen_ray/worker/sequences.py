@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.step import NewSequence, StepBatch
+from qwen_ray.worker.grammar_place import GrammarPlace
 from qwen_ray.worker.thinking import ThinkingBudget
 
 
@@ -49,6 +50,7 @@ class SequenceState:
     seed: int
     stop_token_ids: tuple[int, ...]
     blocks: array[int]
+    grammar_place: GrammarPlace | None = None
     _counts: TokenCounts | None = None
     _thinking: ThinkingBudget | None = None
 

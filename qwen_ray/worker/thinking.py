@@ -24,6 +24,15 @@ class ThinkingBudget:
         self.num_seen = 0
 
     @property
+    def is_open(self) -> bool:
+        """Whether the next token belongs to a block, or to its ending."""
+        return self._is_open
+
+    @property
+    def start_id(self) -> int:
+        return self._thinking.start_id
+
+    @property
     def forced(self) -> int | None:
         return self._thinking.ending[self._num_said] if self._is_open and self._left <= 0 else None
 

@@ -17,15 +17,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.plan import EngineConfig, Rendezvous, ReplicaSpec, split_evenly
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.stats import RankStats
 from qwen_ray.core.step import Chunk, MoveExperts, NewSequence, StepBatch, StepResult
+from qwen_ray.grammar.matcher import GrammarCompiler
 from qwen_ray.models.registry import build
 from qwen_ray.models.stage import Stage
 from qwen_ray.parallel.groups import Groups
@@ -49,7 +52,10 @@ class Worker:
         self._groups = Groups(self.shard, self._device)
         self._model: Stage | None = None
         self._runner: Runner | None = None
-        self._holding: threading.Thread | None = None  # gets the KV cache its memory
+        # What a rank that takes another's place does not wait for.
+        self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="beside")
+        self._holding: Future[None] | None = None  # the KV cache gets its memory
+        self._compiler: Future[GrammarCompiler | None] = Future()
         self._thread: int | None = None
         self._stats = RankStats(
             rank=rank,
@@ -97,11 +103,10 @@ class Worker:
         model.load(checkpoint)
         checkpoint.check_extra(self.shard.layers)
         give_back_memory()
-        # A rank that takes another's place does not wait for it.
-        self._holding = threading.Thread(target=kv_cache.hold, args=(model.attentions,), daemon=True)
-        self._holding.start()
+        self._compiler = self._beside.submit(self._load_compiler)
+        self._holding = self._beside.submit(kv_cache.hold, model.attentions)
         self._model = model
-        self._runner = Runner(model, block_size=spec.engine.block_size, device=self._device)
+        self._runner = self._new_runner(model)
         self._stats = replace(
             self._stats,
             weights_bytes=total,
@@ -111,6 +116,21 @@ class Worker:
             num_loads=self._stats.num_loads + 1,
         )
         logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
+
+    def _load_compiler(self) -> GrammarCompiler | None:
+        """None on ranks that do not sample, and where there is no tokenizer: then no sequence may have a grammar."""
+        if not self.shard.samples:
+            return None
+        spec = self._spec
+        try:
+            return GrammarCompiler.load(Path(spec.path), spec.load_format, spec.config.vocab_size)
+        except CheckpointError as error:
+            logger.warning("rank %d: no structured output: %s", self.shard.rank, error)
+            return None
+
+    def _new_runner(self, model: Stage) -> Runner:
+        block_size = self._spec.engine.block_size
+        return Runner(model, block_size=block_size, device=self._device, compiler=self._compiler.result)
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Meet the other ranks of the group, and forget all sequences. May be done again. Raises as `Groups.join`."""
@@ -127,13 +147,13 @@ class Worker:
         assert self._model is not None, "load first"
         self._use_threads()
         assert self._holding is not None, "load first"
-        self._holding.join()
+        self._holding.result()
         engine = self._spec.engine
         most = engine.max_num_batched_tokens if self._device.type == "cuda" else CPU_WARM_UP_TOKENS
         batch = first_step(engine, most)
         Runner(self._model, block_size=engine.block_size, device=self._device).run(batch)
         give_back_memory()
-        self._runner = Runner(self._model, block_size=engine.block_size, device=self._device)
+        self._runner = self._new_runner(self._model)
         return batch.num_tokens
 
     def execute(self, batch: StepBatch) -> StepResult | None:
@@ -184,6 +204,8 @@ class Worker:
         """Leave the group and let go of the memory. A second call does nothing."""
         self._runner = None
         self._model = None
+        self._beside.shutdown()
+        self._compiler = Future()
         self._groups.close()
         give_back_memory()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from qwen_ray import LLM, SamplingParams, Settings
+from qwen_ray import LLM, Grammar, SamplingParams, Settings
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestFailed, SettingsError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -22,7 +23,7 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, **more: int) -> Path:
     """A Qwen2 with one token for each byte, and two for thinking."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
@@ -41,6 +42,7 @@ def write_model(folder: Path) -> Path:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "torch_dtype": "float32",
+        **more,
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -53,6 +55,27 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     with LLM(str(path), load_format="dummy", **options) as made:
         yield made
         assert made.stats()[0].num_used_blocks == 0
+
+
+def test_an_answer_follows_a_grammar(tmp_path: Path) -> None:
+    path = write_model(tmp_path, eos_token_id=187)
+    with LLM(str(path), load_format="dummy", kv_cache_memory="1MiB", max_num_seqs=4) as llm:
+        params = [
+            SamplingParams(seed=seed, max_tokens=20, grammar=Grammar(kind="regex", text=text))
+            for seed, text in enumerate(["[0-9]{3}", "(ab){2,3}"])
+        ]
+        for output, pattern in zip(llm.generate(["x", "y"], params), ["[0-9]{3}", "(ab){2,3}"], strict=True):
+            assert re.fullmatch(pattern, output.outputs[0].text)
+            assert output.outputs[0].finish_reason == "stop"
+        with pytest.raises(InvalidRequest, match="unclosed group"):
+            llm.generate("x", SamplingParams(grammar=Grammar(kind="regex", text="(")))
+        chat = llm.chat([{"role": "user", "content": "x"}], params[0], enable_thinking=False)
+        assert re.fullmatch("[0-9]{3}", chat[0].outputs[0].text)
+
+
+def test_a_grammar_needs_a_token_to_end_with(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="no token to end"):
+        llm.generate("x", SamplingParams(grammar=Grammar(kind="json_object")))
 
 
 def test_answers_come_in_the_order_of_the_prompts(llm: LLM) -> None:

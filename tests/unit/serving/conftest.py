@@ -20,6 +20,7 @@ from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, TokenDelta, TokenLogprobs
 from qwen_ray.core.step import NewSequence, PromptLogprobs, Sample, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
+from qwen_ray.grammar.checker import GrammarChecker
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
 from qwen_ray.serving.audit import AuditLog
@@ -214,6 +215,7 @@ class Server:
         self.http = http
         self.audit = audit
         self.replicas: list[FakeReplica] = []
+        self.grammars = GrammarChecker(Path("nowhere"), "dummy", VOCAB_SIZE)  # single bytes, as its model's
         self.other_ingresses: list[Entry] = []
         self.recorder = IngressRecorder("tiny", "one")
         self.dispatcher = Dispatcher(self._find, self._connect, self.recorder.hand_over)
@@ -238,7 +240,7 @@ class Server:
         )
         fleet = Fleet("one", self.dispatcher, self.recorder, self._find_ingresses, self._connect)
         self.service = Service(
-            generator=Generator(model, self.tokenizer, self.dispatcher, self.recorder),
+            generator=Generator(model, self.tokenizer, self.dispatcher, self.recorder, self.grammars),
             dispatcher=self.dispatcher,
             recorder=self.recorder,
             metrics=fleet.metrics,
@@ -267,6 +269,7 @@ class Server:
     async def stop(self) -> None:
         await self.client.aclose()
         await self.dispatcher.close()
+        await self.grammars.close()
         for replica in self.replicas:
             await replica.stop()
         if self._http is not None and self._serving is not None:

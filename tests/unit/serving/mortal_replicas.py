@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +20,15 @@ from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, TokenDelta
 from qwen_ray.core.step import PromptLogprobs, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
+from qwen_ray.grammar.matcher import GrammarCompiler
 from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
 from qwen_ray.serving.sessions import Sessions
+from qwen_ray.worker.grammars import GrammarMasks
 from qwen_ray.worker.sampler import describe, sample
 from qwen_ray.worker.sequences import SequenceTable
 
 Fate = Literal["dies", "drains", "hangs"]
+Recitals = Mapping[tuple[int, ...], Sequence[int]]  # what is said to a prompt, where it matters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,15 @@ class Wire:
 class MadeUpRanks:
     """Logits that depend on the tokens before them and on nothing else."""
 
-    def __init__(self, vocab_size: int, likely: Sequence[int]) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        likely: Sequence[int],
+        recitals: Recitals,
+        compiler: GrammarCompiler | None = None,
+    ) -> None:
+        self._recitals = recitals
+        self._grammars = GrammarMasks(lambda: compiler)
         self._vocab_size = vocab_size
         self._likely = list(likely)
         self._table = SequenceTable()
@@ -104,13 +115,17 @@ class MadeUpRanks:
                 of_prompts.append(
                     PromptLogprobs(sequence_id=state.sequence_id, start=chunk.start + 1, entries=tuple(entries))
                 )
-        samples = tuple(sample(rows, ends)) if ends else ()
+        samples = tuple(sample(rows, ends, self._grammars.start(ends).result())) if ends else ()
         return StepResult(step_id=batch.step_id, samples=samples, prompt_logprobs=tuple(of_prompts))
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         seed = int.from_bytes(hashlib.sha256(repr(list(token_ids)).encode()).digest()[:6], "little")
         logits = torch.randn(self._vocab_size, generator=torch.Generator().manual_seed(seed))
         logits[self._likely] += 4.0
+        for prompt, text in self._recitals.items():
+            place = len(token_ids) - len(prompt)
+            if tuple(token_ids[: len(prompt)]) == prompt and 0 <= place < len(text):
+                logits[text[place]] += 99.0
         return logits
 
 
@@ -211,13 +226,21 @@ class Population:
     """As many replicas as wanted at any time: who is gone is replaced, as Serve does. `blows` fall in their order."""
 
     def __init__(
-        self, size: int, blows: Sequence[Blow], config: EngineConfig, vocab_size: int, likely: Sequence[int]
+        self,
+        size: int,
+        blows: Sequence[Blow],
+        config: EngineConfig,
+        vocab_size: int,
+        likely: Sequence[int],
+        recitals: Recitals | None = None,
+        compiler: GrammarCompiler | None = None,
     ) -> None:
+        self._compiler = compiler
         self.replicas: list[MortalReplica] = []
         self._size = size
         self._blows = list(blows)
         self._config = config
-        self._vocab_size, self._likely = vocab_size, likely
+        self._vocab_size, self._likely, self._recitals = vocab_size, likely, recitals or {}
 
     async def find(self) -> list[Entry]:
         for replica in self.replicas:
@@ -229,7 +252,7 @@ class Population:
         return [replica.entry for replica in self.replicas if not replica.is_dead]
 
     def add(self, *, state: ReplicaState = "ready", fingerprint: str = "") -> MortalReplica:
-        ranks = MadeUpRanks(self._vocab_size, self._likely)
+        ranks = MadeUpRanks(self._vocab_size, self._likely, self._recitals, self._compiler)
         blow = self._blows.pop(0) if self._blows else None
         replica = MortalReplica(f"replica-{len(self.replicas)}", ranks, self._config, blow)
         replica.state, replica.fingerprint = state, fingerprint

@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from qwen_ray.config import HttpSettings
 from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.serving import errors, middleware
-from qwen_ray.serving.schema import MAX_DEPTH, MAX_MESSAGES, MAX_PARTS
+from qwen_ray.serving.message_schema import MAX_MESSAGES, MAX_PARTS
+from qwen_ray.serving.schema import MAX_DEPTH
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_ray.core.plan import EngineConfig
-from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenLogprobs
+from qwen_ray.core.request import GenerateRequest, Grammar, SamplingParams, TokenLogprobs
+from qwen_ray.grammar.matcher import GrammarCompiler
 from qwen_ray.serving import links
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.text.choice import Choice
 from qwen_ray.text.tokenizer import Tokenizer
+from qwen_ray.text.tool_calls import ToolUse
 from tests.unit.serving.mortal_replicas import Blow, Population
 
 VOCAB_SIZE = 260
@@ -24,6 +28,14 @@ LIKELY = [*range(64, 76), *range(220, 230)]  # letters, and parts of others
 CONFIG = EngineConfig(num_blocks=128, block_size=4, max_model_len=240, max_num_seqs=8)
 PROMPT = tuple(range(65, 85))
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{0,4}$"}, "maxItems": 3}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+GRAMMAR = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
+SHORT = {1: 6.0, 60: 6.0, 92: 6.0, 197: -99.0, 198: -99.0, 201: -99.0, 220: -99.0}  # quotes, brackets; white space
 KINDS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=24),
     "seeded": SamplingParams(temperature=1.0, top_p=0.9, max_tokens=24),
@@ -40,7 +52,22 @@ KINDS: dict[str, SamplingParams] = {
     "min tokens": SamplingParams(temperature=0.6, min_tokens=10, max_tokens=12, logit_bias={EOS: 7.0, 70: -3.0}),
     "thinking": SamplingParams(temperature=0.8, thinking_budget=5, max_tokens=170),
     "one token": SamplingParams(temperature=0.0, max_tokens=1),
+    "grammar": SamplingParams(temperature=0.9, max_tokens=60, grammar=GRAMMAR, logit_bias=SHORT),
+    "grammar and min tokens": SamplingParams(
+        temperature=0.9, max_tokens=60, min_tokens=50, grammar=GRAMMAR, logit_bias=SHORT
+    ),
+    "grammar after thinking": SamplingParams(
+        temperature=0.9,
+        thinking_budget=5,
+        max_tokens=200,
+        grammar=replace(GRAMMAR, after_thinking=True),
+        logit_bias=SHORT,
+    ),
+    "tools": SamplingParams(temperature=0.9, max_tokens=200),
+    "one call": SamplingParams(temperature=0.9, max_tokens=200),
 }
+TOOL_PROMPT = (VOCAB_SIZE - 1, *PROMPT)
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> \\" é"}}\n</tool_call>\n'
 
 
 @dataclass
@@ -52,6 +79,7 @@ class Told:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list)
     ends: list[tuple[str, Any]] = field(default_factory=list)
     num_tokens: int = 0
     num_reasoning_tokens: int = 0
@@ -67,13 +95,18 @@ def choices_of(kind: str, tokenizer: Tokenizer) -> list[Choice]:
         seed=7,
         stop_token_ids=(*asked.stop_token_ids, EOS),
     )
-    thinks = kind == "thinking"
+    thinks = "thinking" in kind
     if thinks:  # the prompt ends within a block
         start = next(iter(tokenizer.encode("<think>")))
         request = replace(request, prompt_token_ids=(*PROMPT, start))
         request = replace(request, sampling=tokenizer.with_thinking(alone, request.prompt_token_ids))
+    tools = None
+    if kind in ("tools", "one call"):
+        request = replace(request, prompt_token_ids=TOOL_PROMPT)
+        tools = ToolUse(syntax="hermes", is_parallel=kind == "tools")
     return [
-        Choice(i, single, asked.stop, tokenizer, splits_thinking=thinks) for i, single in enumerate(request.choices())
+        Choice(i, single, asked.stop, tokenizer, splits_thinking=thinks, tools=tools)
+        for i, single in enumerate(request.choices())
     ]
 
 
@@ -89,11 +122,15 @@ async def read(dispatcher: Dispatcher, choices: list[Choice]) -> list[Told]:
                 piece, seen = choice.push(delta), told[choice.index]
                 seen.text += piece.text
                 seen.reasoning += piece.reasoning
+                for call in piece.calls:
+                    if call.name is not None:
+                        seen.calls.append((call.name, ""))
+                    seen.calls[-1] = (seen.calls[-1][0], seen.calls[-1][1] + call.arguments)
                 seen.token_ids += piece.token_ids
                 seen.logprobs += piece.logprobs
                 seen.prompt_logprobs += [piece.prompt_logprobs] * bool(piece.prompt_logprobs)
                 if choice.finish_reason is not None:
-                    seen.ends.append((choice.finish_reason, piece.stop_reason))
+                    seen.ends.append((piece.finish_reason or "", piece.stop_reason))
                     stream.drop(request_id)
     for choice, seen in zip(choices, told, strict=True):
         seen.num_tokens, seen.num_reasoning_tokens = choice.num_tokens, choice.num_reasoning_tokens
@@ -102,7 +139,9 @@ async def read(dispatcher: Dispatcher, choices: list[Choice]) -> list[Told]:
 
 
 async def serve(kinds: list[str], size: int, blows: list[Blow], tokenizer: Tokenizer) -> dict[str, list[Told]]:
-    population = Population(size, blows, CONFIG, VOCAB_SIZE, LIKELY)
+    recital = [*tokenizer.encode("I see.\n" + CALL + CALL), EOS]
+    compiler = GrammarCompiler(tokenizer, VOCAB_SIZE)
+    population = Population(size, blows, CONFIG, VOCAB_SIZE, LIKELY, {TOOL_PROMPT: recital}, compiler)
     dispatcher = Dispatcher(population.find, population.connect)
     await dispatcher.start()
     try:
@@ -128,6 +167,17 @@ def test_the_kinds_are_different_from_each_other(in_peace: dict[str, list[Told]]
     assert any(isinstance(reason, str) for _, reason in reasons)
     assert any(isinstance(reason, int) for _, reason in reasons)
     assert in_peace["thinking"][0].num_reasoning_tokens > 5
+    assert [(one.text, len(one.calls), one.ends) for kind in ("tools", "one call") for one in in_peace[kind]] == [
+        ("I see.", 2, [("tool_calls", None)]),
+        ("I see.", 1, [("tool_calls", None)]),
+    ]
+    for kind in KINDS:
+        if kind.startswith("grammar"):
+            (told,) = in_peace[kind]
+            jsonschema.validate(json.loads(told.text), SCHEMA)
+    assert in_peace["grammar after thinking"][0].num_reasoning_tokens > 5
+    assert in_peace["grammar and min tokens"][0].num_tokens < 50  # there was nothing more to say
+    assert set(in_peace["tools"][0].calls) == {("f", '{"a": "</tool_call> \\" é"}')}
     assert len({one.text for one in in_peace["n"]}) == 3
     assert len(in_peace["prompt logprobs"][0].prompt_logprobs[0]) == len(PROMPT) - 1
     assert all(len(one.ends) == 1 for told in in_peace.values() for one in told)

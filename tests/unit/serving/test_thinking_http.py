@@ -118,11 +118,12 @@ async def test_the_ranks_are_told_the_budget(thinkers: Any) -> None:
 
 
 async def test_reasoning_in_the_history_reaches_the_template(thinkers: Any) -> None:
-    said = {"role": "assistant", "content": "So.", "reasoning_content": "Hm."}
-    body = {"messages": [*HELLO["messages"], said], "add_generation_prompt": False}
-    tokens = (await thinkers.client.post("/tokenize", json=body)).json()["tokens"]
-    text = thinkers.tokenizer.decode(tokens, skip_special_tokens=False)
-    assert text.endswith("<|im_start|>assistant\n<think>\nHm.\n</think>\n\nSo.<|im_end|>\n")
+    for name in ("reasoning_content", "reasoning"):
+        said = {"role": "assistant", "content": "So.", name: "Hm."}
+        body = {"messages": [*HELLO["messages"], said], "add_generation_prompt": False}
+        tokens = (await thinkers.client.post("/tokenize", json=body)).json()["tokens"]
+        text = thinkers.tokenizer.decode(tokens, skip_special_tokens=False)
+        assert text.endswith("<|im_start|>assistant\n<think>\nHm.\n</think>\n\nSo.<|im_end|>\n")
 
 
 async def test_completions_continue_with_all_that_is_said(thinkers: Any) -> None:

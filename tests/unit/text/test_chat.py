@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from qwen_ray.core.errors import CheckpointError, InvalidRequest
-from qwen_ray.text.chat import ChatTemplate
+from qwen_ray.text.chat import ChatTemplate, Conversation
 from qwen_ray.text.tokenizer import Tokenizer
 
 DEMO_TEMPLATE = (
@@ -115,6 +115,25 @@ def test_what_templates_may_use_renders_as_in_transformers(reference: Any) -> No
     ours = ChatTemplate({"default": template}, {"eos_token": "<|im_end|>"})
     theirs = reference.apply_chat_template(CHATS["turns"], chat_template=template, tokenize=False, flag=True)
     assert ours.render(CHATS["turns"], add_generation_prompt=False, flag=True) == theirs
+
+
+def test_the_last_message_stays_open(tokenizer: Tokenizer) -> None:
+    said = [*user("hi"), {"role": "assistant", "content": " So <|im_end|> I \n"}]
+    whole = tokenizer.render_chat(said, add_generation_prompt=False)
+    opened = tokenizer.render_chat(said, add_generation_prompt=False, continue_final_message=True)
+    assert opened.endswith("assistant\n So <|im_end|> I \n")
+    assert whole == opened + "<|im_end|>\n"
+    hidden = ChatTemplate({"default": "{{ messages[0].content }}"}, {})
+    with pytest.raises(InvalidRequest, match="does not show the last message"):
+        hidden.render(said, continue_final_message=True)
+
+
+def test_how_much_work_a_conversation_is() -> None:
+    short = Conversation(messages=user("hi"))
+    assert short.num_characters < 10
+    assert Conversation(messages=user("x" * 5000)).num_characters > 5000
+    assert Conversation(messages=user("hi"), tools=TOOLS).num_characters > 2**16  # nobody has counted its description
+    assert Conversation(messages=TOOL_CHAT).num_characters > 2**17
 
 
 def test_content_parts_become_text(tokenizer: Tokenizer) -> None:

@@ -14,9 +14,9 @@ PIECES = ("<think>", "</think>", "<think>\n", "\n</think>\n\n", "<", "</", "thin
 texts = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
 
-def split(pieces: list[str], *, starts_open: bool = False) -> tuple[str, str]:
+def split(pieces: list[str], *, starts_open: bool = False, thinks_first: bool = False) -> tuple[str, str]:
     """(reasoning, content)"""
-    markup = QwenMarkup(starts_open=starts_open)
+    markup = QwenMarkup(starts_open=starts_open, thinks_first=thinks_first)
     marked = [*map(markup.push, pieces), markup.finish()]
     return "".join(m.reasoning for m in marked), "".join(m.content for m in marked)
 
@@ -45,6 +45,19 @@ def test_any_pieces_of_any_text_against_the_slow_reference(text: str, starts_ope
     expected = slow_split(text, starts_open=starts_open)
     assert split(pieces, starts_open=starts_open) == expected
     assert split(list(text), starts_open=starts_open) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(thought=st.sampled_from([None, "", "a", "\na é\n"]), text=texts, starts_open=st.booleans())
+def test_tags_after_the_first_block_are_plain_text(thought: str | None, text: str, starts_open: bool) -> None:
+    text = "{" + text  # as a grammar begins
+    if thought is None and not starts_open:
+        said, expected = text, ("", text)
+    else:
+        said = f"{'' if starts_open else '<think>'}{thought or ''}</think>\n\n{text}"
+        expected = ((thought or "").strip("\n"), text)
+    assert split([said], starts_open=starts_open, thinks_first=True) == expected
+    assert split(list(said), starts_open=starts_open, thinks_first=True) == expected
 
 
 @pytest.mark.parametrize(
