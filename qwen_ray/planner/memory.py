@@ -25,8 +25,9 @@ SAMPLER_BYTES = 28
 # Of the experts' kernels: rows of hidden states, one per token and choice, that are computed at once.
 PARTS_AT_ONCE = 16384
 CHOICE_BYTES = 16  # a token's expert: its id or slot in 8 bytes, its weight in 4, and room for order
-# A CPU rank's interpreter with torch and Ray. Stated, not counted: it is there whatever the model.
-CPU_PROCESS_BYTES = 450 * MIB
+# A CPU rank's interpreter with torch and Ray, and the vocabulary that grammars are compiled over (50 MB of Qwen's).
+# Stated, not counted: it is there whatever the model.
+CPU_PROCESS_BYTES = 500 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
