@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from qwen_ray.kernels import reference
+
+if TYPE_CHECKING:
+    from qwen_ray.kernels.cpu.library import Library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,22 +36,41 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
 
     @classmethod
-    def of(cls, device: torch.device) -> Kernels:
-        """The fastest that `device` has."""
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Kernels:
+        """The fastest that `device` has for layers that compute in `dtype`."""
         if device.type == "cpu":
-            from qwen_ray.kernels.cpu import attention, experts
+            from qwen_ray.kernels.cpu import library
 
+            return cls.on_cpu(library.load(), dtype)
+        if device.type == "cuda" and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (8, 0):
+            from qwen_ray.kernels.cuda import experts
+
+            return replace(REFERENCE, run_experts=experts.run_experts)
+        return REFERENCE
+
+    @classmethod
+    def on_cpu(cls, library: Library | None, dtype: torch.dtype) -> Kernels:
+        """Those in C++ where there is a library and it knows `dtype`, else the fastest that torch has."""
+        from qwen_ray.kernels.cpu import attention, experts, native
+
+        if library is None or dtype not in native.SUFFIXES:
             return replace(
                 REFERENCE,
                 plan_attention=attention.plan_attention,
                 paged_attention=attention.paged_attention,
                 run_experts=experts.run_experts,
             )
-        if device.type == "cuda" and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (8, 0):
-            from qwen_ray.kernels.cuda import experts
-
-            return replace(REFERENCE, run_experts=experts.run_experts)
-        return REFERENCE
+        own = native.NativeKernels(library, dtype)
+        return replace(
+            REFERENCE,
+            linear=own.linear,
+            rms_norm=own.rms_norm,
+            rotate=own.rotate,
+            silu_and_mul=own.silu_and_mul,
+            run_experts=own.run_experts,
+            plan_attention=own.plan_attention,
+            paged_attention=own.paged_attention,
+        )
 
 
 REFERENCE = Kernels(
