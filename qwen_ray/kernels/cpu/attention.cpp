@@ -73,15 +73,16 @@ struct Attention {
     // Scores [group, PART] of a piece's tokens, their keys being rows; behind the last token -inf.
     void score(const Piece& piece, const T* const* keys_of, float* scores) const {
         int64_t count = piece.to - piece.from;
-        const T* queries[COLUMNS];
+        Widened<T> queries(group(), dim);
+        for (int64_t g = 0; g < group(); ++g)
+            queries.take(g, q + rows[piece.sequence] * q_stride + (piece.kv_head * group() + g) * dim);
         for (int64_t g = 0; g < group(); g += COLUMNS) {
             int width = group() - g < COLUMNS ? group() - g : COLUMNS;
-            for (int c = 0; c < width; ++c)
-                queries[c] = q + rows[piece.sequence] * q_stride + (piece.kv_head * group() + g + c) * dim;
+            const float* const* own = queries.rows.data() + g;
             for (int64_t t = 0; t < count;) {
                 int n = count - t >= ROWS ? ROWS : 1;
-                f32x16 sums = scale * (n == ROWS ? tile_of<T, ROWS>(width, keys_of + t, queries, dim)
-                                                 : tile_of<T, 1>(width, keys_of + t, queries, dim));
+                f32x16 sums = scale * (n == ROWS ? tile_of<T, ROWS>(width, keys_of + t, own, dim, 0)
+                                                 : tile_of<T, 1>(width, keys_of + t, own, dim, 0));
                 for (int c = 0; c < width; ++c)
                     std::memcpy(scores + (g + c) * PART + t, (const float*)&sums + c * n, n * sizeof(float));
                 t += n;

@@ -41,16 +41,13 @@ void run_experts(const T* x, int64_t x_stride, int64_t num_tokens, const int64_t
                  int64_t hidden, T* middle, T* parts, T* out, int num_threads) {
     Choices choices(slots, num_tokens * top_k, num_slots);
     int64_t num_pairs = choices.pairs.size();
-    std::vector<const T*> rows(num_pairs), middles(num_pairs);
-    for (int64_t i = 0; i < num_pairs; ++i) {
-        rows[i] = x + choices.pairs[i] / top_k * x_stride;
-        middles[i] = middle + choices.pairs[i] * inner;
-    }
+    Widened<T> tokens(num_tokens, hidden), middles(num_pairs, inner);
+    std::vector<const float*> rows(num_pairs);
     std::vector<Piece> ups = choices.pieces(inner, 2 * hidden * sizeof(T)), 
                        downs = choices.pieces(hidden, inner * sizeof(T));
     int64_t num_ups = ups.size(), num_downs = downs.size();
     // Rows of an expert's matrix times what goes to it; gated: times what silu makes of that which stands there.
-    auto each = [&](const T* w, const Piece& piece, const std::vector<const T*>& columns, int64_t size, T* to,
+    auto each = [&](const T* w, const Piece& piece, const std::vector<const float*>& columns, int64_t size, T* to,
                     int64_t to_stride, bool is_gated) __attribute__((always_inline)) {
         int64_t start = choices.starts[piece.slot], count = choices.starts[piece.slot + 1] - start;
         products<T>(w + piece.first * size, size, piece.count, columns.data() + start, count, size,
@@ -63,15 +60,21 @@ void run_experts(const T* x, int64_t x_stride, int64_t num_tokens, const int64_t
     };
 #pragma omp parallel num_threads(num_threads)
     {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < num_tokens; ++t) tokens.take(t, x + t * x_stride);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num_pairs; ++i) rows[i] = tokens.rows[choices.pairs[i] / top_k];
 #pragma omp for schedule(dynamic)
         for (int64_t p = 0; p < num_ups; ++p) {
             const T* gate = gate_up + ups[p].slot * 2 * inner * hidden;
             each(gate, ups[p], rows, hidden, middle, inner, false);
             each(gate + inner * hidden, ups[p], rows, hidden, middle, inner, true);
         }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num_pairs; ++i) middles.take(i, middle + choices.pairs[i] * inner);
 #pragma omp for schedule(dynamic)
         for (int64_t p = 0; p < num_downs; ++p)
-            each(down + downs[p].slot * hidden * inner, downs[p], middles, inner, parts, hidden, false);
+            each(down + downs[p].slot * hidden * inner, downs[p], middles.rows, inner, parts, hidden, false);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < num_tokens; ++t)
             for (int64_t h = 0; h < hidden; h += 16) {

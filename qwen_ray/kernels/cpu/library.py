@@ -61,11 +61,6 @@ class Variant:
 AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 VARIANTS = (  # the best first
-    Variant(
-        name="avx512-bf16",
-        needs=AVX512 | {"avx512_bf16", "avx512_vnni"},
-        flags=("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
-    ),
     Variant(name="avx512", needs=AVX512, flags=("-march=x86-64-v4", "-mprefer-vector-width=512")),
     Variant(name="avx2", needs=AVX2, flags=("-march=x86-64-v3",)),
 )

@@ -1,8 +1,8 @@
 """The kernels in C++ behind the names of `reference.py`; see the `.cpp` files for what they do.
 
 For one compute dtype, float32 or bfloat16; what is of another goes to the reference, and so does what torch does
-faster: with AMX, products of many rows of bfloat16. Apart from these a row's result depends on that row alone, to the
-last bit, whatever is computed beside it.
+faster: with AMX, products of many rows of bfloat16, and prompts' attention. Apart from these a row's result depends on
+that row alone, to the last bit, whatever is computed beside it and on whatever x86-64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen_ray.kernels.cpu import attention, experts
 from qwen_ray.kernels.cpu.library import Library
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-AMX_ROWS = 32  # with so many, AMX through torch is about as fast as the dot products here
+AMX_ROWS = 16  # about so many take torch with AMX as long as the products here (estimated from figures of both)
 PARTS_AT_ONCE = 16384  # rows of hidden states, one per token and choice: larger inputs are computed in pieces
 
 

@@ -1,10 +1,13 @@
 // A small block of a matrix product, kept in registers: a few rows of weights times a few rows of activations.
 //
-// Both lie as torch has them, rows of `size` elements one after the other: nothing is packed, and the weights that are
-// multiplied are the ones that are moved, looked up and counted elsewhere. Knows nothing of threads.
+// Weights lie as torch has them, rows of elements one after the other: nothing is packed, and the weights that are
+// multiplied are the ones that are moved, looked up and counted elsewhere. Rows of activations have been widened
+// (`widen_row`), once for all weights. Knows nothing of threads.
 #pragma once
 
+#include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "vectors.h"
 
@@ -15,45 +18,53 @@ constexpr int ROWS = 2, COLUMNS = 2;
 #endif
 constexpr int64_t CACHE_BYTES = 768 << 10;  // of activations that stay in a core's own cache while weights pass by
 
-// Lane c * R + r of the result: row w[r] times row x[c].
+// Lane c * R + r of the result: row w[r] times row x[c]. `ahead` bytes on lies what will be asked for next.
 template <class T, int R, int C>
-inline f32x16 tile(const T* const* w, const T* const* x, int64_t size) {
-    using V = typename Row<T>::Vector;
-    constexpr int K = Row<T>::K;
+inline f32x16 tile(const T* const* w, const float* const* x, int64_t size, int64_t ahead) {
+    constexpr int STEP = Row<T>::STEP, PARTS = Row<T>::PARTS;
     f32x16 sums[R * C] = {};
-    const T *wr[R], *xc[C];
+    const T* wr[R];
+    const float* xc[C];
     for (int r = 0; r < R; ++r) wr[r] = w[r];
     for (int c = 0; c < C; ++c) xc[c] = x[c];
-    auto step = [&](const V (&a)[R], const V (&b)[C]) __attribute__((always_inline)) {
+    auto step = [&](const f32x16 (&a)[R][PARTS], int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int i = 0; i < PARTS; ++i)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c)
+            for (int c = 0; c < C; ++c) {
+                f32x16 b = load<f32x16>(xc[c] + k + 16 * i);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sums[c * R + r] = Row<T>::multiply_add(sums[c * R + r], a[r], b[c]);
+                for (int r = 0; r < R; ++r) sums[c * R + r] += a[r][i] * b;
+            }
     };
-    V a[R], b[C];
+    f32x16 a[R][PARTS];
     int64_t k = 0;
-    for (; k + K <= size; k += K) {
+    for (; k + STEP <= size; k += STEP) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) a[r] = load<V>(wr[r] + k);
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) b[c] = load<V>(xc[c] + k);
-        step(a, b);
+        for (int r = 0; r < R; ++r) {
+            Row<T>::widen(wr[r] + k, a[r]);
+            __builtin_prefetch((const char*)(wr[r] + k) + ahead);
+        }
+        step(a, k);
     }
     if (k < size) {
-        for (int r = 0; r < R; ++r) a[r] = load_some<V>(wr[r] + k, (size - k) * sizeof(T));
-        for (int c = 0; c < C; ++c) b[c] = load_some<V>(xc[c] + k, (size - k) * sizeof(T));
-        step(a, b);
+        for (int r = 0; r < R; ++r) {
+            T room[STEP] = {};
+            std::memcpy(room, wr[r] + k, (size - k) * sizeof(T));
+            Row<T>::widen(room, a[r]);
+        }
+        step(a, k);
     }
     return add_lanes<R * C>(sums);
 }
 
 template <class T, int R>
-inline f32x16 tile_of(int num_columns, const T* const* w, const T* const* x, int64_t size) {
+inline f32x16 tile_of(int num_columns, const T* const* w, const float* const* x, int64_t size, int64_t ahead) {
     if constexpr (COLUMNS == 4) {
-        if (num_columns == 4) return tile<T, R, 4>(w, x, size);
-        if (num_columns == 3) return tile<T, R, 3>(w, x, size);
+        if (num_columns == 4) return tile<T, R, 4>(w, x, size, ahead);
+        if (num_columns == 3) return tile<T, R, 3>(w, x, size, ahead);
     }
-    return num_columns == 2 ? tile<T, R, 2>(w, x, size) : tile<T, R, 1>(w, x, size);
+    return num_columns == 2 ? tile<T, R, 2>(w, x, size, ahead) : tile<T, R, 1>(w, x, size, ahead);
 }
 
 // What belongs to a tile of N rows and `width` columns, in the order of its lanes: N elements at each at(column).
@@ -74,10 +85,11 @@ inline void scatter(f32x16 v, int width, At at) {
 // Every one of `num_rows` rows w + r * stride times every one of the rows x[c], tile by tile:
 // store(number of rows as a type, first row, first column, number of columns, lanes).
 template <class T, class Store>
-inline void products(const T* w, int64_t stride, int64_t num_rows, const T* const* x, int64_t num_columns, int64_t size,
-                     Store store) {
-    int64_t at_once = CACHE_BYTES / (size * int64_t(sizeof(T)) + 1);
+inline void products(const T* w, int64_t stride, int64_t num_rows, const float* const* x, int64_t num_columns,
+                     int64_t size, Store store) {
+    int64_t at_once = CACHE_BYTES / (size * int64_t(sizeof(float)) + 1);
     at_once = at_once < COLUMNS ? COLUMNS : at_once / COLUMNS * COLUMNS;
+    int64_t ahead = ROWS * stride * int64_t(sizeof(T));
     for (int64_t from = 0; from < num_columns; from += at_once) {
         int64_t to = from + at_once < num_columns ? from + at_once : num_columns;
         auto rows = [&](auto n, int64_t r) __attribute__((always_inline)) {
@@ -86,7 +98,7 @@ inline void products(const T* w, int64_t stride, int64_t num_rows, const T* cons
             for (int i = 0; i < N; ++i) own[i] = w + (r + i) * stride;
             for (int64_t c = from; c < to; c += COLUMNS) {
                 int width = to - c < COLUMNS ? to - c : COLUMNS;
-                store(n, r, c, width, tile_of<T, N>(width, own, x + c, size));
+                store(n, r, c, width, tile_of<T, N>(width, own, x + c, size, c == from ? ahead : 0));
             }
         };
         int64_t r = 0;
@@ -94,3 +106,28 @@ inline void products(const T* w, int64_t stride, int64_t num_rows, const T* cons
         for (; r < num_rows; ++r) rows(std::integral_constant<int, 1>{}, r);
     }
 }
+
+// Rows of activations as `tile` wants them; float32 stays where it is, unless its rows end within a step.
+template <class T>
+class Widened {
+  public:
+    Widened(int64_t num_rows, int64_t size)
+        : rows(num_rows), size(size), stride((size + Row<T>::STEP - 1) / Row<T>::STEP * Row<T>::STEP) {
+        if (Row<T>::PARTS > 1 || stride > size) room.reset(new float[num_rows * stride]);
+    }
+
+    void take(int64_t row, const T* from) {
+        if (room) {
+            widen_row(from, size, room.get() + row * stride);
+            rows[row] = room.get() + row * stride;
+        } else {
+            rows[row] = (const float*)from;
+        }
+    }
+
+    std::vector<const float*> rows;
+
+  private:
+    int64_t size, stride;
+    std::unique_ptr<float[]> room;
+};

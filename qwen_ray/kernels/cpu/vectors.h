@@ -1,17 +1,14 @@
 // Sixteen float32 lanes, whatever the machine: what all kernels here are written in.
 //
-// GCC's and Clang's vector extensions: the compiler makes one AVX-512 register of a vector, or two of AVX2. A sum over a
-// row always runs in the same order: element i of a vector goes to lane i (bfloat16: elements 2i and 2i + 1), vectors
-// follow each other, and lanes are added as in `add_lanes`. So a result depends on its own row and column alone, never
-// on how many others are computed with it.
+// GCC's and Clang's vector extensions: the compiler makes one AVX-512 register of a vector, or two of AVX2. Products are
+// fused multiply-adds of float32, also of bfloat16, which is exact: the processors' own dot products of bfloat16 are half
+// as fast. A sum over a row always runs in the same order: element i of a step goes to lane i (bfloat16: elements 2i, then
+// 2i + 1), steps follow each other, lanes are added as in `add_lanes`. So a result depends on its own row and column
+// alone, never on how many others are computed with it, nor on the machine.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 using f32x16 = float __attribute__((vector_size(64)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
@@ -34,13 +31,6 @@ inline void save(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-template <class V>
-inline V load_some(const void* from, int64_t num_bytes) {  // zeros behind them
-    V v{};
-    std::memcpy(&v, from, num_bytes);
-    return v;
-}
-
 inline f32x16 fill(float value) { return f32x16{} + value; }
 
 // --- float32 and bfloat16 ---------------------------------------------------------------------------------------------
@@ -48,43 +38,52 @@ inline f32x16 fill(float value) { return f32x16{} + value; }
 inline f32x16 to_float(u16x16 v) { return (f32x16)(__builtin_convertvector(v, u32x16) << 16); }
 
 inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays NaN
-#if defined(__AVX512BF16__)
-    return (u16x16)_mm512_cvtneps_pbh((__m512)v);
-#else
     u32x16 bits = (u32x16)v;
-    u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u32x16 even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     u32x16 nan = (bits >> 16) | 0x40;
-    return __builtin_convertvector((v == v) ? rounded : nan, u16x16);
-#endif
+    return __builtin_convertvector((v == v) ? even : nan, u16x16);
 }
 
+// How elements of type T are loaded and stored, and how they are widened to be multiplied: STEP of them, in PARTS vectors.
 template <class T>
-struct Row;  // how elements of type T are loaded, stored and multiplied; K: as many as one step of a dot product takes
+struct Row;
 
 template <>
 struct Row<float> {
-    static constexpr int K = 16;
-    using Vector = f32x16;
+    static constexpr int STEP = 16, PARTS = 1;
     static f32x16 load16(const float* from) { return load<f32x16>(from); }
     static void save16(float* to, f32x16 v) { save(to, v); }
-    static f32x16 multiply_add(f32x16 sum, Vector a, Vector b) { return sum + a * b; }
+    static void widen(const float* from, f32x16* to) { to[0] = load<f32x16>(from); }
 };
 
 template <>
 struct Row<bf16> {
-    static constexpr int K = 32;
-    using Vector = u32x16;  // pairs
+    static constexpr int STEP = 32, PARTS = 2;  // the elements with even numbers, those with odd ones
     static f32x16 load16(const bf16* from) { return to_float(load<u16x16>(from)); }
     static void save16(bf16* to, f32x16 v) { save(to, to_bf16(v)); }
-    static f32x16 multiply_add(f32x16 sum, Vector a, Vector b) {
-#if defined(__AVX512BF16__)
-        return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-        sum += (f32x16)(a << 16) * (f32x16)(b << 16);
-        return sum + (f32x16)(a & 0xffff0000) * (f32x16)(b & 0xffff0000);
-#endif
+    static void widen(const bf16* from, f32x16* to) {
+        u32x16 both = load<u32x16>(from);
+        to[0] = (f32x16)(both << 16);
+        to[1] = (f32x16)(both & 0xffff0000);
     }
 };
+
+// A row as `widen` has it, step after step, zeros behind it.
+template <class T>
+inline void widen_row(const T* from, int64_t size, float* to) {
+    constexpr int STEP = Row<T>::STEP;
+    for (int64_t k = 0; k < size; k += STEP) {
+        f32x16 v[Row<T>::PARTS];
+        if (k + STEP <= size) {
+            Row<T>::widen(from + k, v);
+        } else {
+            T room[STEP] = {};
+            std::memcpy(room, from + k, (size - k) * sizeof(T));
+            Row<T>::widen(room, v);
+        }
+        for (int i = 0; i < Row<T>::PARTS; ++i) save(to + k + 16 * i, v[i]);
+    }
+}
 
 template <class T>
 inline f32x16 load_up_to_16(const T* from, int64_t count) {

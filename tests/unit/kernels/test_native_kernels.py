@@ -31,7 +31,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 @cases
 @given(num_rows=st.integers(0, 70), size=st.integers(1, 300), out_size=st.integers(1, 150), has_bias=st.booleans())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_linear(
     library: Library | None, dtype: torch.dtype, num_rows: int, size: int, out_size: int, has_bias: bool
 ) -> None:
@@ -53,17 +53,17 @@ def test_linear_takes_rows_and_columns_of_larger_tensors(library: Library | None
     close(linear(x.t()[:40], w[:, :9], None), reference.linear(x.t()[:40], w[:, :9], None))
 
 
-@pytest.mark.parametrize("library", LIBRARIES, ids=[library.name for library in LIBRARIES])
-def test_every_instruction_set_gives_the_same_bits_in_float32(library: Library) -> None:
-    """The order of sums is the same: a request may go on on another machine."""
-    x, w = random(7, 333, dtype=torch.float32), random(65, 333, dtype=torch.float32)
-    first = Kernels.on_cpu(LIBRARIES[0], torch.float32)
-    assert torch.equal(Kernels.on_cpu(library, torch.float32).linear(x, w, None), first.linear(x, w, None))
+@cases
+def test_every_instruction_set_gives_the_same_bits(library: Library | None, dtype: torch.dtype) -> None:
+    """Sums run in one order: a request may go on on another machine."""
+    x, w = random(7, 333, dtype=dtype), random(65, 333, dtype=dtype)
+    of_all = [Kernels.on_cpu(other, dtype).linear(x, w, None) for other in (LIBRARIES if library else [None])]
+    assert torch.equal(Kernels.on_cpu(library, dtype).linear(x, w, None), of_all[0])
 
 
 @cases
 @given(num_tokens=st.integers(0, 9), heads=st.integers(1, 5), size=st.integers(1, 70).map(lambda n: 2 * n))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_norm_rotation_and_gate(
     library: Library | None, dtype: torch.dtype, num_tokens: int, heads: int, size: int
 ) -> None:
@@ -98,7 +98,7 @@ def test_extremes_come_out_as_they_must(library: Library | None, dtype: torch.dt
 
 @cases
 @given(num_tokens=st.integers(0, 40), num_slots=st.integers(1, 7), top_k=st.integers(1, 4))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_experts(library: Library | None, dtype: torch.dtype, num_tokens: int, num_slots: int, top_k: int) -> None:
     run_experts = Kernels.on_cpu(library, dtype).run_experts
     top_k, hidden, inner = min(top_k, num_slots), 37, 53
