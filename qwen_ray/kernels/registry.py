@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from qwen_ray.kernels import reference
+from qwen_ray.kernels import quantized, reference
+from qwen_ray.kernels.quantized import PackedWeight
 
 if TYPE_CHECKING:
     from qwen_ray.kernels.cpu.library import Library
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """The operations of one device; see `reference.py` for what each takes and gives.
+    """The operations of one device; see `reference.py`, and `quantized.py`, for what each takes and gives.
 
     A plan of `plan_attention` is for `paged_attention` of the same kernels alone.
     """
 
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    linear_packed: Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
@@ -64,6 +66,7 @@ class Kernels:
         return replace(
             REFERENCE,
             linear=own.linear,
+            linear_packed=own.linear_packed,
             rms_norm=own.rms_norm,
             rotate=own.rotate,
             silu_and_mul=own.silu_and_mul,
@@ -75,6 +78,7 @@ class Kernels:
 
 REFERENCE = Kernels(
     linear=reference.linear,
+    linear_packed=quantized.linear_packed,
     rms_norm=reference.rms_norm,
     rotate=reference.rotate,
     silu_and_mul=reference.silu_and_mul,

@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t PART = 512;  // tokens
+constexpr int64_t AHEAD = 16;  // tokens whose keys are asked for before they are multiplied
 #if defined(__AVX512F__)
 constexpr int HEADS = 4, VECTORS = 4;  // of sums of values that are kept in registers
 #else
@@ -70,8 +71,12 @@ struct Attention {
     int64_t group() const { return heads / kv_heads; }
     int64_t partial_size() const { return group() * (2 + dim); }
 
+    void ask_for(const T* row) const {
+        for (int64_t at = 0; at < dim; at += 64 / sizeof(T)) __builtin_prefetch(row + at);
+    }
+
     // Scores [group, PART] of a piece's tokens, their keys being rows; behind the last token -inf.
-    void score(const Piece& piece, const T* const* keys_of, float* scores) const {
+    void score(const Piece& piece, const T* const* keys_of, const T* const* values_of, float* scores) const {
         int64_t count = piece.to - piece.from;
         Widened<T> queries(group(), dim);
         for (int64_t g = 0; g < group(); ++g)
@@ -81,6 +86,10 @@ struct Attention {
             const float* const* own = queries.rows.data() + g;
             for (int64_t t = 0; t < count;) {
                 int n = count - t >= ROWS ? ROWS : 1;
+                for (int64_t i = t; g == 0 && i < t + n; ++i) {
+                    ask_for(values_of[i]);
+                    if (i + AHEAD < count) ask_for(keys_of[i + AHEAD]);
+                }
                 f32x16 sums = scale * (n == ROWS ? tile_of<T, ROWS>(width, keys_of + t, own, dim, 0)
                                                  : tile_of<T, 1>(width, keys_of + t, own, dim, 0));
                 for (int c = 0; c < width; ++c)
@@ -116,7 +125,7 @@ struct Attention {
             keys_of[i] = keys + at;
             values_of[i] = values + at;
         }
-        score(piece, keys_of, scores);
+        score(piece, keys_of, values_of, scores);
         for (int64_t g = 0; g < group(); g += HEADS) {
             int width = group() - g < HEADS ? group() - g : HEADS;
             float most[HEADS], total[HEADS];

@@ -1,6 +1,6 @@
 """Our kernels in C++: compiled on first use for the instructions that this machine has, kept, and loaded.
 
-One call of `g++` of about eight seconds, for the sources beside this file; the result lies in `built/` beside them, or
+One call of `g++` of some ten seconds, for the sources beside this file; the result lies in `built/` beside them, or
 under `~/.cache/qwen-ray/kernels` where that cannot be written, under a name made of the instruction set and a hash of
 sources and flags. Why so, and not at `pip install`:
 
@@ -61,6 +61,11 @@ class Variant:
 AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 VARIANTS = (  # the best first
+    Variant(
+        name="avx512-vnni",
+        needs=AVX512 | {"avx512_vnni"},
+        flags=("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"),
+    ),
     Variant(name="avx512", needs=AVX512, flags=("-march=x86-64-v4", "-mprefer-vector-width=512")),
     Variant(name="avx2", needs=AVX2, flags=("-march=x86-64-v3",)),
 )

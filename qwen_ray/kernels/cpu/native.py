@@ -12,9 +12,10 @@ from itertools import accumulate
 
 import torch
 
-from qwen_ray.kernels import reference
+from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.cpu import attention, experts
 from qwen_ray.kernels.cpu.library import Library
+from qwen_ray.kernels.quantized import PackedWeight
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 AMX_ROWS = 16  # about so many take torch with AMX as long as the products here (estimated from figures of both)
@@ -43,6 +44,7 @@ class NativeKernels:
         self._dtype = dtype
         self._most_rows = AMX_ROWS if library.has_amx and dtype is torch.bfloat16 else None
         self._linear = library.function(f"linear_{suffix}", "pnpnppnnni")
+        self._linear_packed = library.function(f"linear_packed_{suffix}", "pnpnpippnnni")
         self._rms_norm = library.function(f"rms_norm_{suffix}", "pnpfpnnni", is_short=True)
         self._rotate = library.function(f"rotate_{suffix}", "pnpppnnni", is_short=True)
         self._silu_and_mul = library.function(f"silu_and_mul_{suffix}", "ppnni", is_short=True)
@@ -71,6 +73,30 @@ class NativeKernels:
             num_rows,
             out_size,
             size,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def linear_packed(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `quantized.linear_packed`, with rows of x rounded to 8 bits."""
+        if not self._knows(x):
+            return quantized.linear_packed(x, weight, bias)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        num_rows, out_size = x.shape[0], weight.values.shape[0]
+        out = x.new_empty(num_rows, out_size)
+        self._linear_packed(
+            x.data_ptr(),
+            x.stride(0),
+            weight.values.data_ptr(),
+            weight.values.shape[1],
+            weight.scales.data_ptr(),
+            weight.group,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            out_size,
+            weight.size,
             torch.get_num_threads(),
         )
         return out

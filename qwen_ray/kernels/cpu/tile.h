@@ -20,7 +20,7 @@ constexpr int64_t CACHE_BYTES = 768 << 10;  // of activations that stay in a cor
 
 // Lane c * R + r of the result: row w[r] times row x[c]. `ahead` bytes on lies what will be asked for next.
 template <class T, int R, int C>
-inline f32x16 tile(const T* const* w, const float* const* x, int64_t size, int64_t ahead) {
+[[gnu::noinline]] f32x16 tile(const T* const* w, const float* const* x, int64_t size, int64_t ahead) {
     constexpr int STEP = Row<T>::STEP, PARTS = Row<T>::PARTS;
     f32x16 sums[R * C] = {};
     const T* wr[R];
