@@ -37,16 +37,18 @@ inline i32x16 multiply_add(i32x16 sum, u32x16 w, i32x16 x) {
 
 // Rows of x in 8 bits. `offset` is what the bytes of weights are too large by: its part of the sums is known beforehand.
 struct Rounded {
+    struct alignas(64) Group {
+        int8_t values[GROUP];
+        int32_t starts[16];  // what its sums begin with
+    };
     int64_t num_groups;
-    std::unique_ptr<int8_t[]> values;     // [rows, num_groups, GROUP]
-    std::unique_ptr<float[]> scales;      // [rows, num_groups]
-    std::unique_ptr<int32_t[]> starts;    // [rows, num_groups, 16]: what sums begin with
+    std::unique_ptr<Group[]> groups;  // [rows, num_groups]
+    std::unique_ptr<float[]> scales;  // [rows, num_groups]
 
     Rounded(int64_t num_rows, int64_t num_groups)
         : num_groups(num_groups),
-          values(new int8_t[num_rows * num_groups * GROUP]),
-          scales(new float[num_rows * num_groups]),
-          starts(new int32_t[num_rows * num_groups * 16]) {}
+          groups(new Group[num_rows * num_groups]),
+          scales(new float[num_rows * num_groups]) {}
 
     template <class T>
     void take(int64_t row, const T* from, int64_t size, int offset) {
@@ -59,14 +61,14 @@ struct Rounded {
             }
             float scale = largest(most) / 127.0f;
             float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-            int8_t* to = values.get() + (row * num_groups + g) * GROUP;
+            Group& to = groups[row * num_groups + g];
             for (int i = 0; i < 4; ++i) {
                 i32x16 whole = (i32x16)(v[i] * inverse + 12582912.0f) - 0x4b400000;  // to the nearest
-                save(to + 16 * i, __builtin_convertvector(whole, i8x16));
+                save(to.values + 16 * i, __builtin_convertvector(whole, i8x16));
             }
             scales[row * num_groups + g] = scale + sum(other);
-            i32x16 added = multiply_add(i32x16{}, u32x16{} + 0x01010101u, load<i32x16>(to));
-            save(starts.get() + (row * num_groups + g) * 16, added * -offset);
+            i32x16 added = multiply_add(i32x16{}, u32x16{} + 0x01010101u, load<i32x16>(to.values));
+            save(to.starts, added * -offset);
         }
     }
 };
@@ -120,7 +122,7 @@ template <int BITS, int R, int C>
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
                 int64_t g = from + c * x.num_groups + block * HALVES + half;
-                i32x16 b = load<i32x16>(x.values.get() + g * GROUP), start = load<i32x16>(x.starts.get() + g * 16);
+                i32x16 b = load<i32x16>(x.groups[g].values), start = load<i32x16>(x.groups[g].starts);
                 f32x16 scale = fill(x.scales[g]);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {

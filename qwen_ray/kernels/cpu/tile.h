@@ -113,13 +113,14 @@ class Widened {
   public:
     Widened(int64_t num_rows, int64_t size)
         : rows(num_rows), size(size), stride((size + Row<T>::STEP - 1) / Row<T>::STEP * Row<T>::STEP) {
-        if (Row<T>::PARTS > 1 || stride > size) room.reset(new float[num_rows * stride]);
+        if (Row<T>::PARTS > 1 || stride > size) room.reset(new Line[(num_rows * stride + 15) / 16]);
     }
 
     void take(int64_t row, const T* from) {
         if (room) {
-            widen_row(from, size, room.get() + row * stride);
-            rows[row] = room.get() + row * stride;
+            float* to = room.get()->floats + row * stride;
+            widen_row(from, size, to);
+            rows[row] = to;
         } else {
             rows[row] = (const float*)from;
         }
@@ -129,5 +130,5 @@ class Widened {
 
   private:
     int64_t size, stride;
-    std::unique_ptr<float[]> room;
+    std::unique_ptr<Line[]> room;
 };

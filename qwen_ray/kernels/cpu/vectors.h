@@ -19,6 +19,10 @@ struct bf16 {
     uint16_t bits;
 };
 
+struct alignas(64) Line {  // of a cache: memory that is made of lines is read by whole vectors
+    float floats[16];
+};
+
 template <class V>
 inline V load(const void* from) {
     V v;
