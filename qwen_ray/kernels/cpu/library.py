@@ -7,7 +7,7 @@ sources and flags. Why so, and not at `pip install`:
 * `pip install` never needs a compiler and never fails for the want of one: without `g++`, torch's own kernels are used,
   and the log says so once. What is built later is found at the next start.
 * The kernels have a plain C interface over ctypes: no headers of torch, so no builds for each of its versions, and a
-  call costs no more than one of torch's own operations. OpenMP is the one that torch has loaded, and its threads.
+  call costs some microseconds. With torch's CPU builds OpenMP is the one that torch has loaded, threads included.
 * Machines of a cluster may differ: each builds or finds its own, also where they share a file system.
 * `make install` and an image's build call `python -m qwen_ray.kernels.cpu.library [--all]` so that nobody waits later;
   `--all` builds every instruction set, for an image that is used on machines other than the one that builds it.
