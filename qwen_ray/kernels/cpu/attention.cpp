@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t PART = 512;  // tokens
+constexpr int64_t MANY = 1 << 18;  // elements of scored keys, over all heads, that are worth several threads
 constexpr int64_t AHEAD = 16;  // tokens whose keys are asked for before they are multiplied
 #if defined(__AVX512F__)
 constexpr int HEADS = 4, VECTORS = 4;  // of sums of values that are kept in registers
@@ -181,8 +182,9 @@ struct Attention {
                     if (partial) partial += partial_size();
                 }
         }
-        int64_t num_pieces = pieces.size();
-#pragma omp parallel num_threads(num_threads) if (num_pieces > 1)
+        int64_t num_pieces = pieces.size(), num_tokens = 0;
+        for (int64_t s = 0; s < num_sequences; ++s) num_tokens += lengths[s];
+#pragma omp parallel num_threads(num_threads) if (num_tokens * heads * dim > MANY)
         {
             std::vector<float> scores(group() * PART), sums(HEADS * dim);
 #pragma omp for schedule(dynamic)

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t PIECE_BYTES = 64 << 10;  // of one matrix's rows that a thread takes at a time
+constexpr int64_t MANY = 1 << 18;          // multiplications with gates that are worth several threads
 
 struct Piece {
     int64_t slot, first, count;  // of the rows of an expert's matrix
@@ -58,7 +59,7 @@ void run_experts(const T* x, int64_t x_stride, int64_t num_tokens, const int64_t
                         scatter<T, N>(v, width, at);
                     });
     };
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(num_threads) if (num_pairs * inner * hidden > MANY)
     {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < num_tokens; ++t) tokens.take(t, x + t * x_stride);

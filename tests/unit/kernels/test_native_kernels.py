@@ -118,3 +118,31 @@ def test_experts(library: Library | None, dtype: torch.dtype, num_tokens: int, n
         for i in range(num_tokens):
             own = slice(i, i + 1)
             assert torch.equal(run_experts(x[own], slots[own], weights[own], gate_up, down)[0], got[i])
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=[library.name for library in LIBRARIES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bits(library: Library, dtype: torch.dtype) -> None:
+    kernels = Kernels.on_cpu(library, dtype)
+    x, w = random(21, 640, dtype=dtype), random(800, 640, dtype=dtype)
+    keys, values = random(2, 40, 16, 2, 64, dtype=dtype)
+    q, tables = random(1, 8, 64, dtype=dtype), torch.arange(40)[None]
+    slots, gate_up, down = (
+        torch.arange(63).view(21, 3) % 5,
+        random(5, 160, 640, dtype=dtype),
+        random(5, 640, 80, dtype=dtype),
+    )
+    found: list[tuple[torch.Tensor, ...]] = []
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            plan = kernels.plan_attention(tables, (1,), (640,), 16)
+            linear, attention = kernels.linear(x, w, None), kernels.paged_attention(q, keys, values, plan, 0.125)
+            found.append(
+                (linear, attention, kernels.run_experts(x, slots, random(21, 3, dtype=torch.float32), gate_up, down))
+            )
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(three, one)
