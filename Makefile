@@ -44,6 +44,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
 	@echo "Installing qwen-ray and what it needs (a few minutes)"
 	@$(PIP) install -qq -c constraints.txt -e .
+	@$(BIN)/python -m qwen_ray.kernels.cpu.library
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from qwen_ray.kernels import reference
+from qwen_ray.kernels import quantized, reference
+from qwen_ray.kernels.quantized import PackedWeight
+
+if TYPE_CHECKING:
+    from qwen_ray.kernels.cpu.library import Library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """The operations of one device; see `reference.py` for what each takes and gives.
+    """The operations of one device; see `reference.py`, and `quantized.py`, for what each takes and gives.
 
     A plan of `plan_attention` is for `paged_attention` of the same kernels alone.
     """
 
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    linear_packed: Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
@@ -33,26 +38,47 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
 
     @classmethod
-    def of(cls, device: torch.device) -> Kernels:
-        """The fastest that `device` has."""
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Kernels:
+        """The fastest that `device` has for layers that compute in `dtype`."""
         if device.type == "cpu":
-            from qwen_ray.kernels.cpu import attention, experts
+            from qwen_ray.kernels.cpu import library
 
-            return replace(
-                REFERENCE,
-                plan_attention=attention.plan_attention,
-                paged_attention=attention.paged_attention,
-                run_experts=experts.run_experts,
-            )
+            return cls.on_cpu(library.load(), dtype)
         if device.type == "cuda" and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (8, 0):
             from qwen_ray.kernels.cuda import experts
 
             return replace(REFERENCE, run_experts=experts.run_experts)
         return REFERENCE
 
+    @classmethod
+    def on_cpu(cls, library: Library | None, dtype: torch.dtype) -> Kernels:
+        """Those in C++ where there is a library and it knows `dtype`, else the fastest that torch has."""
+        from qwen_ray.kernels.cpu import attention, experts, native
+
+        if library is None or dtype not in native.SUFFIXES:
+            return replace(
+                REFERENCE,
+                plan_attention=attention.plan_attention,
+                paged_attention=attention.paged_attention,
+                run_experts=experts.run_experts,
+            )
+        own = native.NativeKernels(library, dtype)
+        return replace(
+            REFERENCE,
+            linear=own.linear,
+            linear_packed=own.linear_packed,
+            rms_norm=own.rms_norm,
+            rotate=own.rotate,
+            silu_and_mul=own.silu_and_mul,
+            run_experts=own.run_experts,
+            plan_attention=own.plan_attention,
+            paged_attention=own.paged_attention,
+        )
+
 
 REFERENCE = Kernels(
     linear=reference.linear,
+    linear_packed=quantized.linear_packed,
     rms_norm=reference.rms_norm,
     rotate=reference.rotate,
     silu_and_mul=reference.silu_and_mul,

@@ -26,7 +26,7 @@ class Site:
 
     @classmethod
     def of(cls, shard: Shard, groups: Groups, device: torch.device, dtype: torch.dtype) -> Site:
-        return cls(shard=shard, groups=groups, kernels=Kernels.of(device), device=device, dtype=dtype)
+        return cls(shard=shard, groups=groups, kernels=Kernels.of(device, dtype), device=device, dtype=dtype)
 
 
 def weight(site: Site, *shape: int) -> nn.Parameter:

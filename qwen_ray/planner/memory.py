@@ -252,10 +252,10 @@ def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engin
         packed = (sent + rows) * (hidden * width + num_choices * CHOICE_BYTES)
     answers = 2 * rows * hidden * width  # of the pieces, and put together
     parts = min(PARTS_AT_ONCE, rows * num_choices)
-    if (
-        kind == "cpu"
-    ):  # what every choice gives; of one expert at a time its rows, gate and up, their product, its answer
-        piece = parts * hidden + parts // num_choices * (2 * hidden + 3 * inner)
+    if kind == "cpu":
+        # What every choice gives, and either the product of gate and up for every choice, or of one expert at a time
+        # its rows, gate and up, their product and its answer.
+        piece = parts * hidden + max(parts * inner, parts // num_choices * (2 * hidden + 3 * inner))
     else:  # rows in order of experts, gate and up, their product, what experts give, in their order and the tokens'
         piece = parts * (3 * hidden + 3 * inner)
     return beside + packed + answers + piece * width + parts // num_choices * hidden * 4  # added up in float32

@@ -24,7 +24,7 @@ def test_experts_equal_the_reference(num_tokens: int, hidden: int, inner: int, d
     weights, ids = reference.route(logits, top_k, True)
     slots = torch.where(ids % 3 == 0, -1, ids)  # on other ranks
     slots[slots == 5] = -1  # one expert without tokens
-    kernels = Kernels.of(torch.device("cuda"))
+    kernels = Kernels.of(torch.device("cuda"), torch.bfloat16)
     found_weights, found_ids = kernels.route(logits.cuda(), top_k, True)
     torch.testing.assert_close(found_weights.cpu(), weights, atol=1e-5, rtol=1e-4)
     assert found_ids.shape == ids.shape
@@ -40,7 +40,7 @@ def test_a_decode_makes_the_host_wait_for_nothing() -> None:
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
     gate_up = torch.randn(8, 256, 256, device="cuda", dtype=torch.bfloat16)
     down = torch.randn(8, 256, 128, device="cuda", dtype=torch.bfloat16)
-    kernels = Kernels.of(torch.device("cuda"))
+    kernels = Kernels.of(torch.device("cuda"), torch.bfloat16)
     weights, ids = kernels.route(torch.randn(3, 8, device="cuda"), 2, True)
     kernels.run_experts(x, ids, weights, gate_up, down)
     torch.cuda.set_sync_debug_mode("error")

@@ -65,16 +65,11 @@ def plan_attention(
     block_tables: torch.Tensor, query_lens: tuple[int, ...], context_lens: tuple[int, ...], block_size: int
 ) -> AttentionPlan:
     """As `reference.plan_attention`."""
-    prefills: list[Prefill] = []
     by_padding: dict[int, list[tuple[int, int]]] = defaultdict(list)  # padded length: (sequence, row)
     row = 0
     for s, (count, length) in enumerate(zip(query_lens, context_lens, strict=True)):
         if count == 1:
             by_padding[padded(length)].append((s, row))
-        else:
-            seen = None if count == length else causal_mask(count, length, block_tables.device)
-            slots = _slots(block_tables[s], torch.arange(length), block_size)
-            prefills.append(Prefill(rows=slice(row, row + count), slots=slots, seen=seen))
         row += count
     lens = torch.tensor(context_lens)
     decodes = [
@@ -83,8 +78,24 @@ def plan_attention(
         for at_once in [max(1, TOKENS_AT_ONCE // size)]
         for i in range(0, len(group), at_once)
     ]
+    prefills = plan_prefills(block_tables, query_lens, context_lens, block_size)
     most = max(part.slots.shape[0] for part in [*decodes, *prefills])
-    return AttentionPlan(decodes=tuple(decodes), prefills=tuple(prefills), scratch=Scratch(most))
+    return AttentionPlan(decodes=tuple(decodes), prefills=prefills, scratch=Scratch(most))
+
+
+def plan_prefills(
+    block_tables: torch.Tensor, query_lens: tuple[int, ...], context_lens: tuple[int, ...], block_size: int
+) -> tuple[Prefill, ...]:
+    """Of the sequences with more than one new token."""
+    prefills: list[Prefill] = []
+    row = 0
+    for s, (count, length) in enumerate(zip(query_lens, context_lens, strict=True)):
+        if count > 1:
+            seen = None if count == length else causal_mask(count, length, block_tables.device)
+            slots = _slots(block_tables[s], torch.arange(length), block_size)
+            prefills.append(Prefill(rows=slice(row, row + count), slots=slots, seen=seen))
+        row += count
+    return tuple(prefills)
 
 
 def _plan_decodes(
@@ -117,10 +128,23 @@ def paged_attention(
     for part in plan.decodes:
         k, v = gather(k_cache, part.slots, 0), gather(v_cache, part.slots, 1)
         out.index_copy_(0, part.rows, _decode(q.index_select(0, part.rows), k, v, part.seen, scale))
-    for chunk in plan.prefills:
-        k, v = gather(k_cache, chunk.slots, 0), gather(v_cache, chunk.slots, 1)
-        out[chunk.rows] = _prefill(q[chunk.rows], k, v, chunk.seen, scale)
+    attend_prefills(q, k_cache, v_cache, plan.prefills, plan.scratch, scale, out)
     return out
+
+
+def attend_prefills(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    prefills: tuple[Prefill, ...],
+    scratch: Scratch,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Fill their rows of `out` [T, heads, D]."""
+    for chunk in prefills:
+        k, v = scratch.gather(k_cache, chunk.slots, 0), scratch.gather(v_cache, chunk.slots, 1)
+        out[chunk.rows] = _prefill(q[chunk.rows], k, v, chunk.seen, scale)
 
 
 def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:

@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from qwen_ray.kernels import reference
 from qwen_ray.kernels.cpu import attention
+from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
 from qwen_ray.kernels.registry import REFERENCE, Kernels
 
 BLOCK = 4
+LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
+NAMES = ["torch", *(library.name for library in LIBRARIES)]
+KERNELS = [Kernels.on_cpu(library, torch.float32) for library in (None, *LIBRARIES)]
 
 
 @st.composite
@@ -56,19 +60,20 @@ class Case:
         return kernels.paged_attention(q, self.k, self.v, plan, 0.3)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(7, 1, 8), (9, 3, 16), (4, 4, 8)])
+@pytest.mark.parametrize("kernels", KERNELS, ids=NAMES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(7, 1, 8), (9, 3, 16), (4, 4, 8), (5, 1, 72)])
 @given(lens=sequences)
 @settings(max_examples=15, deadline=None)
 def test_attention_equals_the_reference(
-    num_heads: int, num_kv_heads: int, head_dim: int, lens: list[tuple[int, int]]
+    kernels: Kernels, num_heads: int, num_kv_heads: int, head_dim: int, lens: list[tuple[int, int]]
 ) -> None:
     case = Case(lens, num_heads, num_kv_heads, head_dim)
-    ours = case.attend(Kernels.of(torch.device("cpu")))
+    ours = case.attend(kernels)
     assert not ours.isnan().any()
     torch.testing.assert_close(ours, case.attend(REFERENCE), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", [REFERENCE, Kernels.of(torch.device("cpu"))], ids=["reference", "cpu"])
+@pytest.mark.parametrize("kernels", [REFERENCE, *KERNELS], ids=["reference", *NAMES])
 @given(lens=sequences)
 @settings(max_examples=15, deadline=None)
 def test_neighbours_do_not_change_a_bit(kernels: Kernels, lens: list[tuple[int, int]]) -> None:
@@ -78,11 +83,13 @@ def test_neighbours_do_not_change_a_bit(kernels: Kernels, lens: list[tuple[int, 
         assert torch.equal(case.attend(kernels, s), together[s])
 
 
+@pytest.mark.parametrize("library", [None, *LIBRARIES], ids=NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_alone_equals_itself_among_32(dtype: torch.dtype) -> None:
+def test_a_sequence_alone_equals_itself_among_32(library: Library | None, dtype: torch.dtype) -> None:
     case = Case([(1, 37 + 29 * i) for i in range(32)], 9, 3, 64)
     case.q, case.k, case.v = case.q.to(dtype), case.k.to(dtype), case.v.to(dtype)
-    kernels = Kernels.of(torch.device("cpu"))
+    kernels = Kernels.on_cpu(library, dtype)
+    torch.testing.assert_close(case.attend(kernels), case.attend(REFERENCE), atol=2e-2, rtol=2e-2)
     together = case.attend(kernels)
     for s in range(32):
         assert torch.equal(case.attend(kernels, s)[0], together[s])

@@ -1,0 +1,201 @@
+// out = x w^T + bias with weights in 8 or 4 bits; see `quantized.py` for how they are packed.
+//
+// Activations are rounded to 8 bits first, each 64 of a row to a scale of their own; products are integers, exact, and
+// only sums of 64 meet the scales. Rows of weights and of x are as independent of each other as in `tile.h`.
+#include <memory>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "tile.h"
+
+namespace {
+
+constexpr int GROUP = 64;                   // activations that share a scale: one register of bytes
+constexpr int64_t PIECE_BYTES = 64 << 10;   // of weights that a thread takes at a time
+constexpr int64_t MOST_ROWS = 256;          // of x that are rounded at once
+constexpr int64_t MANY_ROWS = 16;           // that are worth several threads for that
+
+using i8x16 = int8_t __attribute__((vector_size(16)));
+
+// Lane i: sum[i] and the products of its four bytes of w, without a sign, with those of x, which have one.
+inline i32x16 multiply_add(i32x16 sum, u32x16 w, i32x16 x) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+    __m512i a = (__m512i)w, b = (__m512i)x;
+    __m512i even = _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(255)),
+                                     _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+    return sum + (i32x16)even + (i32x16)_mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
+#else
+    for (int j = 0; j < 4; ++j) sum += (i32x16)((w >> (8 * j)) & 255) * ((x << (24 - 8 * j)) >> 24);
+    return sum;
+#endif
+}
+
+// Rows of x in 8 bits. `offset` is what the bytes of weights are too large by: its part of the sums is known beforehand.
+struct Rounded {
+    struct alignas(64) Group {
+        int8_t values[GROUP];
+        int32_t starts[16];  // what its sums begin with
+    };
+    int64_t num_groups;
+    std::unique_ptr<Group[]> groups;  // [rows, num_groups]
+    std::unique_ptr<float[]> scales;  // [rows, num_groups]
+
+    Rounded(int64_t num_rows, int64_t num_groups)
+        : num_groups(num_groups),
+          groups(new Group[num_rows * num_groups]),
+          scales(new float[num_rows * num_groups]) {}
+
+    template <class T>
+    void take(int64_t row, const T* from, int64_t size, int offset) {
+        for (int64_t g = 0; g < num_groups; ++g) {
+            f32x16 v[4], most{}, other{};
+            for (int i = 0; i < 4; ++i) {
+                v[i] = load_up_to_16(from + g * GROUP + 16 * i, size - g * GROUP - 16 * i);
+                most = larger(larger(most, v[i]), -v[i]);
+                other += v[i] - v[i];  // 0, or NaN where one is not finite
+            }
+            float scale = largest(most) / 127.0f;
+            float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+            Group& to = groups[row * num_groups + g];
+            for (int i = 0; i < 4; ++i) {
+                i32x16 whole = (i32x16)(v[i] * inverse + 12582912.0f) - 0x4b400000;  // to the nearest
+                save(to.values + 16 * i, __builtin_convertvector(whole, i8x16));
+            }
+            scales[row * num_groups + g] = scale + sum(other);
+            i32x16 added = multiply_add(i32x16{}, u32x16{} + 0x01010101u, load<i32x16>(to.values));
+            save(to.starts, added * -offset);
+        }
+    }
+};
+
+struct Weights {
+    const uint8_t* values;
+    int64_t row_bytes;
+    const void* scales;
+    int group;  // 0: 8 bits
+
+    // Scales of 128 weights of a row in 4 bits, for the lanes of their first and of their second 64.
+    void scales_of(int64_t row, int64_t block, f32x16 (&to)[2]) const {
+        const uint16_t* from = (const uint16_t*)scales + (row * (row_bytes / 64) + block) * (128 / group);
+        auto at = [&](int i) { return (f32x16)((u32x16{} + from[i]) << 16); };
+        if (group == 128) {
+            to[0] = to[1] = at(0);
+        } else if (group == 64) {
+            to[0] = at(0), to[1] = at(1);
+        } else {
+            to[0] = SHUFFLE(at(0), at(1), 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+            to[1] = SHUFFLE(at(2), at(3), 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        }
+    }
+};
+
+// Lane c * R + r: row first + r of the weights times row column + c of x.
+template <int BITS, int R, int C>
+[[gnu::noinline]] f32x16 tile(const Weights& w, int64_t first, const Rounded& x, int64_t column, int64_t ahead) {
+    f32x16 sums[R * C] = {};
+    const uint8_t* rows = w.values + first * w.row_bytes;
+    int64_t from = column * x.num_groups;
+    constexpr int HALVES = BITS == 4 ? 2 : 1;
+    for (int64_t block = 0; block < x.num_groups / HALVES; ++block) {
+        u32x16 a[R][HALVES];
+        f32x16 scales[R][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const uint8_t* at = rows + r * w.row_bytes + block * 64;
+            __builtin_prefetch(at + ahead);
+            u32x16 bytes = load<u32x16>(at);
+            if constexpr (BITS == 4) {
+                a[r][0] = bytes & 0x0f0f0f0fu;
+                a[r][1] = (bytes >> 4) & 0x0f0f0f0fu;
+                w.scales_of(first + r, block, scales[r]);
+            } else {
+                a[r][0] = bytes;
+            }
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < HALVES; ++half)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
+                int64_t g = from + c * x.num_groups + block * HALVES + half;
+                i32x16 b = load<i32x16>(x.groups[g].values), start = load<i32x16>(x.groups[g].starts);
+                f32x16 scale = fill(x.scales[g]);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    f32x16 v = __builtin_convertvector(multiply_add(start, a[r][half], b), f32x16);
+                    sums[c * R + r] += v * (BITS == 4 ? scale * scales[r][half] : scale);
+                }
+            }
+    }
+    return add_lanes<R * C>(sums);
+}
+
+template <int BITS, int R>
+inline f32x16 tile_of(int width, const Weights& w, int64_t first, const Rounded& x, int64_t column, int64_t ahead) {
+    if constexpr (COLUMNS == 4) {
+        if (width == 4) return tile<BITS, R, 4>(w, first, x, column, ahead);
+        if (width == 3) return tile<BITS, R, 3>(w, first, x, column, ahead);
+    }
+    return width == 2 ? tile<BITS, R, 2>(w, first, x, column, ahead) : tile<BITS, R, 1>(w, first, x, column, ahead);
+}
+
+template <int BITS, int N, class T>
+inline void rows(const Weights& w, int64_t row, const Rounded& x, int64_t num_columns, const T* bias, T* out,
+                 int64_t out_size) {
+    for (int64_t c = 0; c < num_columns; c += COLUMNS) {
+        int width = num_columns - c < COLUMNS ? num_columns - c : COLUMNS;
+        f32x16 v = tile_of<BITS, N>(width, w, row, x, c, c == 0 ? ROWS * w.row_bytes : 0);
+        if (BITS == 8) v *= gather<float, N>(width, [&](int) { return (const float*)w.scales + row; });
+        if (bias) v += gather<T, N>(width, [&](int) { return bias + row; });
+        scatter<T, N>(v, width, [&](int j) { return out + (c + j) * out_size + row; });
+    }
+}
+
+template <int BITS, class T>
+void linear(const T* x, int64_t x_stride, const Weights& w, const T* bias, T* out, int64_t num_rows, int64_t out_size,
+            int64_t size, int num_threads) {
+    int64_t num_groups = w.row_bytes * (8 / BITS) / GROUP;
+    int64_t piece = PIECE_BYTES / (w.row_bytes + 1) / ROWS * ROWS;
+    piece = piece < ROWS ? ROWS : piece;
+    int64_t num_pieces = (out_size + piece - 1) / piece;
+    for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
+        int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
+        Rounded own(count, num_groups);
+#pragma omp parallel for num_threads(num_threads) if (count > MANY_ROWS)
+        for (int64_t c = 0; c < count; ++c) own.take(c, x + (begin + c) * x_stride, size, BITS == 8 ? 128 : 8);
+        T* to = out + begin * out_size;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_pieces > 1)
+        for (int64_t p = 0; p < num_pieces; ++p) {
+            int64_t r = p * piece, end = r + piece < out_size ? r + piece : out_size;
+            for (; r + ROWS <= end; r += ROWS) rows<BITS, ROWS>(w, r, own, count, bias, to, out_size);
+            for (; r < end; ++r) rows<BITS, 1>(w, r, own, count, bias, to, out_size);
+        }
+    }
+}
+
+template <class T>
+void linear_packed(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes, const void* scales,
+                   int group, const T* bias, T* out, int64_t num_rows, int64_t out_size, int64_t size,
+                   int num_threads) {
+    Weights w{values, row_bytes, scales, group};
+    if (group)
+        linear<4>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
+    else
+        linear<8>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
+}
+
+}  // namespace
+
+#define EXPORT(T, SUFFIX)                                                                                              \
+    extern "C" void linear_packed_##SUFFIX(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes,     \
+                                           const void* scales, int group, const T* bias, T* out, int64_t num_rows,     \
+                                           int64_t out_size, int64_t size, int num_threads) {                          \
+        linear_packed(x, x_stride, values, row_bytes, scales, group, bias, out, num_rows, out_size, size,              \
+                      num_threads);                                                                                    \
+    }
+EXPORT(float, f32)
+EXPORT(bf16, bf16)

@@ -1,0 +1,191 @@
+// Sixteen float32 lanes, whatever the machine: what all kernels here are written in.
+//
+// GCC's and Clang's vector extensions: the compiler makes one AVX-512 register of a vector, or two of AVX2. Products are
+// fused multiply-adds of float32, also of bfloat16, which is exact: the processors' own dot products of bfloat16 are half
+// as fast. A sum over a row always runs in the same order: element i of a step goes to lane i (bfloat16: elements 2i, then
+// 2i + 1), steps follow each other, lanes are added as in `add_lanes`. So a result depends on its own row and column
+// alone, never on how many others are computed with it, nor on the machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+struct alignas(64) Line {  // of a cache: memory that is made of lines is read by whole vectors
+    float floats[16];
+};
+
+template <class V>
+inline V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+inline void save(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+inline f32x16 fill(float value) { return f32x16{} + value; }
+
+// --- float32 and bfloat16 ---------------------------------------------------------------------------------------------
+
+inline f32x16 to_float(u16x16 v) { return (f32x16)(__builtin_convertvector(v, u32x16) << 16); }
+
+inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays NaN
+    u32x16 bits = (u32x16)v;
+    u32x16 even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u32x16 nan = (bits >> 16) | 0x40;
+    return __builtin_convertvector((v == v) ? even : nan, u16x16);
+}
+
+// How elements of type T are loaded and stored, and how they are widened to be multiplied: STEP of them, in PARTS vectors.
+template <class T>
+struct Row;
+
+template <>
+struct Row<float> {
+    static constexpr int STEP = 16, PARTS = 1;
+    static f32x16 load16(const float* from) { return load<f32x16>(from); }
+    static void save16(float* to, f32x16 v) { save(to, v); }
+    static void widen(const float* from, f32x16* to) { to[0] = load<f32x16>(from); }
+};
+
+template <>
+struct Row<bf16> {
+    static constexpr int STEP = 32, PARTS = 2;  // the elements with even numbers, those with odd ones
+    static f32x16 load16(const bf16* from) { return to_float(load<u16x16>(from)); }
+    static void save16(bf16* to, f32x16 v) { save(to, to_bf16(v)); }
+    static void widen(const bf16* from, f32x16* to) {
+        u32x16 both = load<u32x16>(from);
+        to[0] = (f32x16)(both << 16);
+        to[1] = (f32x16)(both & 0xffff0000);
+    }
+};
+
+// A row as `widen` has it, step after step, zeros behind it.
+template <class T>
+inline void widen_row(const T* from, int64_t size, float* to) {
+    constexpr int STEP = Row<T>::STEP;
+    for (int64_t k = 0; k < size; k += STEP) {
+        f32x16 v[Row<T>::PARTS];
+        if (k + STEP <= size) {
+            Row<T>::widen(from + k, v);
+        } else {
+            T room[STEP] = {};
+            std::memcpy(room, from + k, (size - k) * sizeof(T));
+            Row<T>::widen(room, v);
+        }
+        for (int i = 0; i < Row<T>::PARTS; ++i) save(to + k + 16 * i, v[i]);
+    }
+}
+
+template <class T>
+inline f32x16 load_up_to_16(const T* from, int64_t count) {
+    if (count >= 16) return Row<T>::load16(from);
+    if (count <= 0) return f32x16{};
+    T room[16] = {};
+    std::memcpy(room, from, count * sizeof(T));
+    return Row<T>::load16(room);
+}
+
+template <class T>
+inline void save_up_to_16(T* to, f32x16 v, int64_t count) {
+    if (count >= 16) return Row<T>::save16(to, v);
+    if (count <= 0) return;
+    T room[16];
+    Row<T>::save16(room, v);
+    std::memcpy(to, room, count * sizeof(T));
+}
+
+template <class T>
+inline f32x16 rounded(f32x16 v) {  // as if it had been stored as T
+    if constexpr (sizeof(T) == 2) return to_float(to_bf16(v));
+    return v;
+}
+
+// --- sums over lanes --------------------------------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define SHUFFLE __builtin_shufflevector
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
+#endif
+
+inline f32x16 halves(f32x16 a, f32x16 b) {  // lane i + lane i + 8, of a and of b
+    return SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+inline f32x16 quarters(f32x16 a, f32x16 b) {  // of each 8 lanes: i + (i + 4)
+    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+inline f32x16 eighths(f32x16 a, f32x16 b) {  // of each 4 lanes: i + (i + 2)
+    return SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+inline f32x16 pairs(f32x16 a, f32x16 b) {  // of each 2 lanes: their sum
+    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// Lane i of the result is the sum over the lanes of v[i]; N up to 16, the lanes behind N are 0 or copies.
+template <int N>
+inline f32x16 add_lanes(const f32x16* v) {
+    constexpr int H = (N + 1) / 2, Q = (H + 1) / 2, E = (Q + 1) / 2;
+    f32x16 h[8], q[4], e[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < H; ++i) h[i] = halves(v[2 * i], 2 * i + 1 < N ? v[2 * i + 1] : v[2 * i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < Q; ++i) q[i] = quarters(h[2 * i], 2 * i + 1 < H ? h[2 * i + 1] : h[2 * i]);
+#pragma GCC unroll 2
+    for (int i = 0; i < E; ++i) e[i] = eighths(q[2 * i], 2 * i + 1 < Q ? q[2 * i + 1] : q[2 * i]);
+    return pairs(e[0], E > 1 ? e[1] : e[0]);
+}
+
+inline float sum(f32x16 v) { return add_lanes<1>(&v)[0]; }
+
+inline f32x16 larger(f32x16 a, f32x16 b) { return (a > b) ? a : b; }
+
+inline float largest(f32x16 v) {
+    float best = v[0];
+    for (int i = 1; i < 16; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+// --- functions --------------------------------------------------------------------------------------------------------
+
+// e to the x, within 2 units of the last place; 0 below -87.3, infinity above 88.7; NaN stays NaN.
+inline f32x16 exponential(f32x16 x) {
+    f32x16 inside = (x > -87.3f) ? x : fill(-87.3f);
+    inside = (inside < 88.7f) ? inside : fill(88.7f);
+    f32x16 magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    f32x16 n = inside * 1.44269504088896341f + magic;
+    i32x16 power = (i32x16)n - 0x4b400000;
+    n -= magic;
+    f32x16 r = inside - n * 0.693359375f;
+    r -= n * -2.12194440e-4f;
+    f32x16 p = fill(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i32x16 half = power >> 1;  // 2^128 is no float32: in two steps
+    f32x16 y = p * (f32x16)((half + 127) << 23) * (f32x16)((power - half + 127) << 23);
+    y = (x < -87.3f) ? fill(0.0f) : y;
+    y = (x > 88.7f) ? fill(__builtin_inff()) : y;
+    return (x == x) ? y : x;
+}
+
+inline f32x16 silu(f32x16 x) { return x / (1.0f + exponential(-x)); }

@@ -1,0 +1,112 @@
+"""Weights in 8 and 4 bits: how far they move, and the kernels against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
+from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, quantize_int4, quantize_int8
+from qwen_ray.kernels.registry import REFERENCE, Kernels
+
+LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
+NAMES = ["torch", *(library.name for library in LIBRARIES)]
+KINDS = [0, *GROUPS]  # 0: 8 bits, otherwise 4 bits in groups of so many
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 400))
+
+
+def matrix(out_size: int, size: int) -> torch.Tensor:
+    return torch.randn(out_size, size, generator=torch.Generator().manual_seed(out_size * 1000 + size))
+
+
+def pack(weight: torch.Tensor, kind: int) -> PackedWeight:
+    return quantize_int4(weight, kind) if kind else quantize_int8(weight)
+
+
+@given(shape=sizes)
+@settings(max_examples=20, deadline=None)
+def test_8_bits_move_a_weight_by_half_a_step(shape: tuple[int, int]) -> None:
+    weight = matrix(*shape)
+    packed = quantize_int8(weight)
+    assert packed.values.shape[1] % 64 == 0
+    assert ((dequantize(packed) - weight).abs() <= packed.scales[:, None] * 0.5001).all()
+    assert torch.equal(packed.scales, weight.abs().amax(-1) / 127)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@given(shape=sizes)
+@settings(max_examples=20, deadline=None)
+def test_4_bits_move_a_weight_by_half_a_step_or_cut_it(group: int, shape: tuple[int, int]) -> None:
+    weight = matrix(*shape)
+    packed = quantize_int4(weight, group)
+    assert packed.values.shape[1] * 2 % 128 == 0
+    scales = packed.scales.float().abs().repeat_interleave(group, dim=1)[:, : shape[1]]
+    moved = (dequantize(packed) - weight).abs()
+    assert (moved <= scales * 1.05).all()  # the scale is rounded, too
+    is_inside = weight.abs() <= 7.5 * scales
+    assert (moved[is_inside] <= scales[is_inside] * 0.5001).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_can_be_said_exactly_is_kept(kind: int) -> None:
+    whole = torch.randint(-7, 8, (5, 300), generator=torch.Generator().manual_seed(0)).float()
+    whole[:, ::32] = 127 if kind == 0 else -8
+    assert torch.equal(dequantize(pack(whole, kind)), whole)
+    zeros = torch.zeros(3, 70)
+    assert torch.equal(dequantize(pack(zeros, kind)), zeros)
+
+
+def test_bytes_are_few() -> None:
+    weight = matrix(64, 1024)
+    assert quantize_int8(weight).num_bytes == 64 * 1024 + 64 * 4
+    assert quantize_int4(weight, 64).num_bytes == 64 * 512 + 64 * 16 * 2
+
+
+def test_other_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="group is 48; it must be one of 32, 64, 128"):
+        quantize_int4(matrix(2, 96), 48)
+
+
+@pytest.mark.parametrize("library", [None, *LIBRARIES], ids=NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+@given(shape=sizes, num_rows=st.integers(0, 21), has_bias=st.booleans())
+@settings(max_examples=6, deadline=None)
+def test_products(library: Library | None, kind: int, shape: tuple[int, int], num_rows: int, has_bias: bool) -> None:
+    packed = pack(matrix(*shape), kind)
+    x = matrix(num_rows, shape[1])
+    bias = matrix(1, shape[0])[0] if has_bias else None
+    kernel = Kernels.on_cpu(library, torch.float32).linear_packed
+    got = kernel(x, packed, bias)
+    # An activation moves by half of its group's 127th part; such errors add up as those of a random walk do.
+    wide = dequantize(packed)
+    bound = x.abs().amax(-1, keepdim=True) / 254 * wide.norm(dim=1) * 3 + 1e-4 if num_rows else 0
+    assert ((got - REFERENCE.linear_packed(x, packed, bias)).abs() <= bound).all()
+    if library is not None:
+        for i in range(num_rows):
+            assert torch.equal(kernel(x[i : i + 1], packed, bias)[0], got[i])
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=NAMES[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_that_are_whole_are_multiplied_exactly(library: Library, kind: int) -> None:
+    packed = pack(matrix(37, 320), kind)
+    x = torch.randint(-126, 127, (6, 320), generator=torch.Generator().manual_seed(1)).float()
+    x[:, ::64] = 127
+    got = Kernels.on_cpu(library, torch.float32).linear_packed(x, packed, None)
+    torch.testing.assert_close(got, x @ dequantize(packed).t(), atol=2e-3, rtol=1e-5)
+    assert torch.equal(got, Kernels.on_cpu(LIBRARIES[0], torch.float32).linear_packed(x, packed, None))
+
+
+@pytest.mark.parametrize("library", [None, *LIBRARIES], ids=NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_and_what_is_not_finite(library: Library | None, kind: int) -> None:
+    packed = pack(matrix(9, 130), kind)
+    x = matrix(4, 130).bfloat16()
+    x[1, 100], x[2, 5] = float("nan"), float("inf")
+    got = Kernels.on_cpu(library, torch.bfloat16).linear_packed(x, packed, None)
+    assert got.dtype is torch.bfloat16
+    assert not got[1:3].isfinite().any()
+    expected = x[::3].float() @ dequantize(packed).t()
+    torch.testing.assert_close(got[::3].float(), expected, atol=0.3, rtol=0.05)
