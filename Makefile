@@ -15,6 +15,7 @@ TORCH_INDEX ?=
 MODEL ?= demo
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+UNIT_TIER := -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py tests/unit
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
 .PHONY: install dev serve test check chaos bench bench-moe clean help
@@ -59,10 +60,11 @@ check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(PYTEST) tests/test_architecture.py tests/unit
+	$(PYTEST) $(UNIT_TIER)
 
 test: dev
-	$(PYTEST) $(NO_GPU_TIER) -m "not chaos" tests
+	$(PYTEST) $(UNIT_TIER)
+	$(PYTEST) $(NO_GPU_TIER) -m "not chaos" --ignore=tests/unit tests
 
 chaos: dev
 	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s -m chaos tests/chaos tests/cluster $(ARGS)
