@@ -24,6 +24,12 @@ PROMPTS = (
     "List the months of the year and one holiday in each of them.",
     "Describe the life of a river from its spring to the sea.",
 )
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40
 
 
@@ -90,6 +96,22 @@ def every_kind(model: str, *, max_tokens: int = 48) -> list[Ask]:
         "chat-n-logprobs": (
             "chat/completions",
             {"temperature": 1.0, "seed": 5, "n": 2, "logprobs": True, "top_logprobs": 2, "max_tokens": max_tokens // 2},
+        ),
+        "schema": (
+            "chat/completions",
+            {
+                "temperature": 0.8,
+                "seed": 13,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+            },
+        ),
+        "regex": (
+            "completions",
+            {
+                "temperature": 0.9,
+                "seed": 17,
+                "structured_outputs": {"regex": r"[A-Z][a-z]{2,8}( [a-z]{2,8}){3,9}\."},
+            },
         ),
         "whole": ("chat/completions", {"temperature": 0, "stream": False, "stream_options": None}),
         "echo": ("completions", {"temperature": 0, "echo": True, "logprobs": 1, "max_tokens": max_tokens // 2}),

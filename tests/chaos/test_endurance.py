@@ -23,6 +23,7 @@ NUM_AT_ONCE = 10_000 if IS_LONG else 500
 SOAK_SECONDS = 1800 if IS_LONG else 30
 MAX_GROWTH = 512 * MIB  # of any process, in a burst
 MAX_CREEP = 0.02  # of any process, over the last two thirds of a long time
+NOTHING = 4 * MIB  # is what allocators take at a time: of Ray's small processes that is more than 2 %
 
 pytestmark = pytest.mark.chaos
 
@@ -83,7 +84,8 @@ async def test_mixed_traffic_for_a_long_time_with_clients_that_go_away() -> None
         assert not wrong, wrong[:5]
         assert left == []
         if IS_LONG:
-            assert {name: sizes for name, sizes in growth.items() if sizes[1] > sizes[0] * (1 + MAX_CREEP)} == {}
+            limits = {name: first + max(first * MAX_CREEP, NOTHING) for name, (first, _) in growth.items()}
+            assert {name: sizes for name, sizes in growth.items() if sizes[1] > limits[name]} == {}
 
 
 async def _rate(url: str, asks: list[Ask]) -> float:
