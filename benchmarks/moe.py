@@ -309,7 +309,8 @@ def sentence(m: Measured) -> str:
         f"under the profiler. To read its {m.step_bytes / 1e9:.2f} GB takes {1e3 * m.step_bytes / m.bandwidth:.0f} ms "
         f"at the measured bandwidth, to multiply its {m.step_operations / 1e9:.1f} GFLOP "
         f"{1e3 * m.step_operations / m.product_rate:.0f} ms at the measured rate. Above the greater of the two: "
-        f"{most}. {100 * sum(outside.values()) / under_profiler:.0f} % of the profiled step is outside of torch's products: kernels of our own are outside too."
+        f"{most}. {100 * sum(outside.values()) / under_profiler:.0f} % of the profiled step is outside of torch's "
+        "products; kernels of our own are outside, too."
     )
 
 
