@@ -116,7 +116,7 @@ def test_choices_logprobs_and_stop_strings(client: OpenAI) -> None:
     assert first.logprobs is not None
     assert first.logprobs.tokens is not None
     assert len(first.logprobs.tokens) == 12
-    stop = next(token for token in first.logprobs.tokens if token.isprintable() and token != "\ufffd")
+    stop = next(token for token in first.logprobs.tokens if token.isprintable() and not token.startswith("bytes:"))
     again = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, stop=stop)
     assert again.choices[0].text == first.text[: first.text.index(stop)]
     assert again.choices[0].finish_reason == "stop"
@@ -146,7 +146,7 @@ def test_wrong_requests_leave_the_server_unharmed(client: OpenAI, url: str) -> N
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (status, param), error
         assert set(error) == {"message", "type", "param", "code"}
-    with pytest.raises(APIStatusError, match="is not supported"):
+    with pytest.raises(APIStatusError, match="fills nothing in"):
         client.completions.create(model="tiny", prompt="x", suffix="y")
     assert httpx.get(f"{url}/health").status_code == 200
 
