@@ -52,9 +52,9 @@ class Worker:
         self._groups = Groups(self.shard, self._device)
         self._model: Stage | None = None
         self._runner: Runner | None = None
-        # What a rank that takes another's place does not wait for.
+        # What nobody waits for: the KV cache gets its memory, the vocabulary is read for grammars.
         self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="beside")
-        self._holding: Future[None] | None = None  # the KV cache gets its memory
+        self._closed = threading.Event()
         self._compiler: Future[GrammarCompiler | None] = Future()
         self._thread: int | None = None
         self._stats = RankStats(
@@ -104,7 +104,8 @@ class Worker:
         checkpoint.check_extra(self.shard.layers)
         give_back_memory()
         self._compiler = self._beside.submit(self._load_compiler)
-        self._holding = self._beside.submit(kv_cache.hold, model.attentions)
+        caches = [cache for attention in model.attentions for cache in attention.kv_cache]
+        self._beside.submit(kv_cache.hold, caches, self._closed)
         self._model = model
         self._runner = self._new_runner(model)
         self._stats = replace(
@@ -146,8 +147,6 @@ class Worker:
         """
         assert self._model is not None, "load first"
         self._use_threads()
-        assert self._holding is not None, "load first"
-        self._holding.result()
         engine = self._spec.engine
         most = engine.max_num_batched_tokens if self._device.type == "cuda" else CPU_WARM_UP_TOKENS
         batch = first_step(engine, most)
@@ -204,6 +203,7 @@ class Worker:
         """Leave the group and let go of the memory. A second call does nothing."""
         self._runner = None
         self._model = None
+        self._closed.set()
         self._beside.shutdown()
         self._compiler = Future()
         self._groups.close()
