@@ -178,6 +178,9 @@ class EngineSettings(Section):
     max_num_waiting: int = Field(default=1024, ge=1, description="sequences in the queue; one more gets 429")
     enable_prefix_caching: bool = True
     kv_cache_memory: Bytes | None = Field(default=None, description="KV cache of one rank; by default from free memory")
+    standby_ranks: bool = Field(
+        default=True, description="keep a process ready to take a rank's place, 0.3 GB for each stage (CPU only)"
+    )
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="part of a device's memory that may be used"
     )

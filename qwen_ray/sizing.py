@@ -59,6 +59,7 @@ def plan_request(
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_num_waiting=engine.max_num_waiting,
         enable_prefix_caching=engine.enable_prefix_caching,
+        standby_ranks=engine.standby_ranks,
     )
 
 

@@ -74,24 +74,26 @@ class Worker(Protocol):
 
 
 class RankActor:
-    """`connect`, `load`, `serve`, in this order, each once; then it does what comes through the channel."""
+    """`connect`, `load`, `serve`, in this order, each once; then it does what comes through the channel.
 
-    def __init__(self, spec: ReplicaSpec, rank: int, worker: str) -> None:
-        self._spec = spec
-        self._rank = rank
+    Before `connect` it is nobody's rank: it only has everything imported.
+    """
+
+    _spec: ReplicaSpec
+    _rank: int
+
+    def __init__(self, worker: str) -> None:
         self._worker: Worker | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"rank-{rank}")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rank")
         self._channel: BlockingChannel[RankMessage] | None = None
         self._sending = threading.Lock()
         self._num_steps = 0
         self._step_started: float | None = None
         self._worker_class: Callable[[ReplicaSpec, int], Worker] = pkgutil.resolve_name(worker)
 
-    def __repr__(self) -> str:
-        return f"rank-{self._rank}"
-
-    def connect(self, address: str, secret: bytes, life: int) -> None:
-        """Opens the channel. From now on the replica hears of this process every second."""
+    def connect(self, spec: ReplicaSpec, rank: int, life: int, address: str, secret: bytes) -> None:
+        """Makes it a rank and opens its channel. From now on the replica hears of this process every second."""
+        self._spec, self._rank = spec, rank
         self._channel = BlockingChannel.connect(address, secret, RANK_CODEC)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._send(Hello(rank=self._rank, life=life, pid=os.getpid(), node_id=node_id))

@@ -23,6 +23,7 @@ from qwen_ray.cluster.placement import actor_options, place, release
 from qwen_ray.cluster.rank_handle import RankHandle
 from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Join, Joined, Progress, RankMessage, Stop
 from qwen_ray.cluster.repair import Repair
+from qwen_ray.cluster.standby import Standbys
 from qwen_ray.cluster.wire import ChannelClosed
 from qwen_ray.core.errors import RankFailed
 from qwen_ray.core.plan import ReplicaSpec
@@ -68,6 +69,7 @@ class RankGroup:
         self._listener: Listener[RankMessage] | None = None
         self._ranks: dict[int, RankHandle] = {}
         self._repair: Repair | None = None
+        self._standbys = Standbys(spec.plan.pp if spec.standby_ranks else 0, self._new_standby)
         self._watching: asyncio.Task[None] | None = None
         self._on_progress = on_progress
         self._is_serving = False
@@ -133,6 +135,7 @@ class RankGroup:
                 continue
             if not any(rank.is_broken for rank in self._ranks.values()):
                 self._repair = self.failure = None
+                self._standbys.prepare()
                 return repair.times()
         raise self.failure
 
@@ -160,7 +163,7 @@ class RankGroup:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FAREWELL_SECONDS):
                     await asyncio.gather(*(rank.released.wait() for rank in ranks))
-        await asyncio.gather(*(rank.kill() for rank in ranks))
+        await asyncio.gather(self._standbys.stop(), *(rank.kill() for rank in ranks))
         if self._listener is not None:
             await self._listener.close()
         if self._placement is not None:
@@ -177,26 +180,37 @@ class RankGroup:
         await _all(rank.load(None) for rank in ranks)
         joined = await self._meet(warm_up=True)
         self.warm_up = max(joined, key=lambda answer: answer.seconds)
+        self._standbys.prepare()
 
     async def _create(self, number: int) -> RankHandle:
-        """A new actor in the place of that rank."""
-        assert self._placement is not None, "placed first"
+        """An actor in the place of that rank: the one that stands by, or a new one."""
         self._num_lives += 1
         life = self._num_lives
-        options = actor_options(self.spec, self._placement, number, name=f"{self._name}-rank-{number}-{life}")
+        shard = self.spec.plan.shard(self.spec.config, number)
+        actor = await self._standbys.take(shard.stage)
+        if actor is None:
+            actor = await self._new_actor(shard.stage, f"rank-{number}-{life}")
+        self._ranks[number] = RankHandle(number, shard.dp_rank, life, actor, self._broke)
+        return self._ranks[number]
+
+    async def _new_standby(self, stage: int) -> Any:
+        return await self._new_actor(stage, f"standby-{stage}-{secrets.token_hex(3)}", is_standby=True)
+
+    async def _new_actor(self, stage: int, name: str, *, is_standby: bool = False) -> Any:
+        assert self._placement is not None, "placed first"
+        name = f"{self._name}-{name}"
+        options = actor_options(self.spec, self._placement, stage, name=name, is_standby=is_standby)
         as_actor: Any = ray.remote  # its type wants one overload per option
         make = as_actor(concurrency_groups={WATCH: 1}, **options)(RankActor).remote
         # Ray asks the GCS: in a thread, since that may be on its way back.
-        actor = await asyncio.to_thread(make, self.spec, number, self._worker)
-        dp_rank = self.spec.plan.shard(self.spec.config, number).dp_rank
-        self._ranks[number] = RankHandle(number, dp_rank, life, actor, self._broke)
-        return self._ranks[number]
+        return await asyncio.to_thread(make, self._worker)
 
     async def _connect(self, rank: RankHandle) -> None:
         assert self._listener is not None, "listened first"
         try:
             async with asyncio.timeout(self._placement_seconds):
-                await rank.call("connect", self._listener.address, self._secret, rank.life)
+                address = self._listener.address
+                await rank.call("connect", self.spec, rank.number, rank.life, address, self._secret)
                 await rank.unless_broken(rank.connected.wait())
         except TimeoutError:
             rank.break_(f"it did not start within {self._placement_seconds:.0f} s")

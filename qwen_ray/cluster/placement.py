@@ -54,9 +54,14 @@ def release(group: PlacementGroup) -> None:
     remove_placement_group(group)
 
 
-def actor_options(spec: ReplicaSpec, group: PlacementGroup, rank: int, *, name: str) -> dict[str, Any]:
-    """For `ray.remote(**...)`: its bundle, its environment, and no second life: the group decides on repairs."""
-    resources = rank_resources(spec)
+def actor_options(
+    spec: ReplicaSpec, group: PlacementGroup, stage: int, *, name: str, is_standby: bool = False
+) -> dict[str, Any]:
+    """For `ray.remote(**...)`: its bundle, its environment, and no second life: the group decides on repairs.
+
+    `is_standby`: beside the ranks of that stage, who have claimed the whole bundle.
+    """
+    resources = {"CPU": 0.0} if is_standby else rank_resources(spec)
     return {
         "name": name,
         "num_cpus": resources["CPU"],
@@ -64,7 +69,7 @@ def actor_options(spec: ReplicaSpec, group: PlacementGroup, rank: int, *, name: 
         "max_restarts": 0,
         "max_task_retries": 0,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=rank // spec.plan.stage_size
+            placement_group=group, placement_group_bundle_index=stage
         ),
         "runtime_env": {"env_vars": environment(spec)},
     }

@@ -15,9 +15,9 @@ class Hello:
     """A rank's first message: whose channel this is. `life` tells it from a process that was this rank before."""
 
     rank: int
-    life: int = 0
-    pid: int = 0
-    node_id: str = ""
+    life: int
+    pid: int
+    node_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -378,6 +378,7 @@ class ReplicaSpec:
     load_format: str = "auto"  # auto | safetensors | gguf | dummy
     num_threads: int = 1  # of one rank
     eplb_interval: float | None = None  # seconds between two re-balancings of experts; None: never
+    standby_ranks: bool = False  # a process for each stage that waits to take a rank's place
 
     @property
     def fingerprint(self) -> str:

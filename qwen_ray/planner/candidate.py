@@ -60,6 +60,7 @@ class PlanRequest:
     max_num_batched_tokens: int = 2048
     max_num_waiting: int = 1024
     enable_prefix_caching: bool = True
+    standby_ranks: bool = False
     device: str | None = None
 
     @property
@@ -160,6 +161,8 @@ class Candidate:
             load_format=load_format,
             num_threads=self.num_threads,
             eplb_interval=self.request.eplb_interval,
+            # On a GPU it would have to be given the device of the rank that it follows.
+            standby_ranks=self.request.standby_ranks and self.request.kind == "cpu",
         )
 
 

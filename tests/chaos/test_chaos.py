@@ -102,10 +102,10 @@ async def test_both_ranks_at_once_and_others_while_one_is_replaced(verdicts: lis
         expected = await in_peace(url, asks())
 
         def kill(rank: int) -> set[int]:
-            """Returns the processes of ranks that there were before."""
-            known = set(injector.named(os.getpid(), "RankActor"))
-            injector.kill(injector.ranks(url)[rank].pid)
-            return known
+            """Returns the processes of all ranks until then; who stands by to be one is not among them."""
+            ranks = injector.ranks(url)
+            injector.kill(ranks[rank].pid)
+            return {other.pid for other in ranks}
 
         async def blows(times: list[float]) -> None:
             await asyncio.sleep(4.0)
@@ -114,7 +114,7 @@ async def test_both_ranks_at_once_and_others_while_one_is_replaced(verdicts: lis
                 injector.kill(rank.pid)
             await _repaired(url)
 
-            # The one that takes the place of the first, as soon as it is there.
+            # The one that takes the place of the first, as soon as it is there, and whoever stands by.
             times.append(time.monotonic())
             known = await asyncio.to_thread(kill, 0)
             async with asyncio.timeout(30):

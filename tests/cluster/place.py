@@ -43,7 +43,7 @@ class Place:
                 }
             ],
             "http": {"port": port},
-            "engine": {"kv_cache_memory": "4MiB"},
+            "engine": {"kv_cache_memory": "4MiB", "standby_ranks": False},  # every RankActor is a rank
         }
         wanted = folder / "replicas"
         wanted.write_text("1")

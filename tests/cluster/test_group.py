@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from chaos import injector
 from safetensors.torch import load_file, save_file
 from tiny_ranks import (
     PROMPTS,
@@ -25,6 +26,7 @@ from tiny_ranks import (
     until,
 )
 
+from qwen_ray.cluster import standby
 from qwen_ray.cluster.executor import RayExecutor
 from qwen_ray.cluster.group import RankGroup
 from qwen_ray.core.errors import CheckpointError, PlanRefused, RankFailed
@@ -179,10 +181,11 @@ async def test_no_place_is_refused_with_what_is_missing(checkpoint: Path) -> Non
 async def test_ranks_end_with_the_process_that_owns_them(checkpoint: Path) -> None:
     # Detached, as Serve's replicas are: a placement group ends with a detached creator, but with another's whole job.
     owner_class = ray.remote(Owner).options(num_cpus=0.1, name="owner", lifetime="detached")
-    owner = owner_class.remote(make_spec(checkpoint, tp=2))
+    owner = owner_class.remote(replace(make_spec(checkpoint, tp=2), standby_ranks=True))
     owner_pid, *rank_pids = await owner.pids.remote()
+    assert await until(lambda: set(injector.named(os.getpid(), "ray::RankActor")) > set(rank_pids))  # and one stands by
     os.kill(owner_pid, signal.SIGKILL)
-    assert await until(lambda: not any(is_alive(pid) for pid in rank_pids))
+    assert await until(lambda: not injector.named(os.getpid(), "ray::RankActor"))
     assert await until(everything_is_free)
 
 
@@ -193,5 +196,6 @@ class Owner:
         self._spec = spec
 
     async def pids(self) -> list[int]:
+        standby.CALM_SECONDS = 0.0
         self._group = await RankGroup.start(self._spec)
         return [os.getpid(), *(s.pid for s in await self._group.stats())]

@@ -7,10 +7,12 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import faulty_worker
 import pytest
+from chaos import injector
 from tiny_ranks import (
     PROMPTS,
     continuations,
@@ -23,6 +25,7 @@ from tiny_ranks import (
     until,
 )
 
+from qwen_ray.cluster import standby
 from qwen_ray.cluster.executor import RayExecutor
 from qwen_ray.cluster.group import RankGroup
 from qwen_ray.core.errors import RankFailed
@@ -199,6 +202,36 @@ async def test_a_stage_of_a_pipeline(checkpoint: Path, expected: list[list[int]]
         service = Service(group, expected)
         await service.survives(await send(group, signal.SIGKILL, 0), replaced={0})
         await service.survives(await send(group, signal.SIGKILL, 1), replaced={1})
+
+
+async def test_who_stands_by_takes_the_place(
+    checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standby, "CALM_SECONDS", 0.0)
+    monkeypatch.setattr(standby, "ANSWER_SECONDS", 1.0)
+
+    async def waiting(num: int) -> set[int]:
+        """As many processes as there should be that are no ranks."""
+        ranks = set(await pids(group))
+        assert await until(lambda: len(set(injector.named(os.getpid(), "ray::RankActor")) - ranks) == num)
+        return set(injector.named(os.getpid(), "ray::RankActor")) - ranks
+
+    spec = replace(make_spec(checkpoint, pp=2), standby_ranks=True)
+    async with running(spec) as group:
+        service = Service(group, expected)
+        before = await waiting(2)  # one for each stage
+        await service.survives(await send(group, signal.SIGKILL, 1), replaced={1})
+        assert (await pids(group))[1] in before
+        before = await waiting(2)
+        await service.survives(await send(group, signal.SIGKILL, 0, 1), replaced={0, 1})
+        assert set(await pids(group)) == before
+
+        for pid in await waiting(2):
+            os.kill(pid, signal.SIGSTOP)
+        await service.survives(await send(group, signal.SIGKILL, 0), replaced={0})
+        last = await waiting(2)
+    assert await until(lambda: not any(map(is_alive, last)))
+    assert await until(everything_is_free)
 
 
 async def test_a_rank_that_shares_experts_which_have_moved(tmp_path: Path) -> None:

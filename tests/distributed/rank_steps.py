@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -27,7 +28,7 @@ def serve(rank: int, spec: ReplicaSpec, address: str, channel_address: str) -> R
         worker.load()
         worker.join(Rendezvous(address=address, name="test-steps"))
         worker.warm_up()
-        channel.send(Hello(rank=rank))
+        channel.send(Hello(rank=rank, life=1, pid=os.getpid(), node_id=""))
         while not isinstance(message := channel.receive(), Stop):
             result = worker.execute(message) if isinstance(message, StepBatch) else worker.move_experts(message)
             if result is not None:

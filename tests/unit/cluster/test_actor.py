@@ -158,7 +158,7 @@ def no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actor_module, "BEAT_SECONDS", 0.01)
 
 
-MakeRank = Callable[[ReplicaSpec, int], RankActor]
+MakeRank = Callable[[], RankActor]
 
 
 @pytest.fixture
@@ -166,8 +166,8 @@ def make_rank() -> Iterator[MakeRank]:
     """Ranks keep their socket until their process ends, which this one does not: here they are closed by hand."""
     ranks: list[RankActor] = []
 
-    def make(spec: ReplicaSpec, rank: int) -> RankActor:
-        ranks.append(RankActor(spec, rank, f"{__name__}:Stub"))
+    def make() -> RankActor:
+        ranks.append(RankActor(f"{__name__}:Stub"))
         return ranks[-1]
 
     yield make
@@ -208,8 +208,8 @@ async def start(
     make_rank: MakeRank, address: Address, spec: ReplicaSpec = SPEC, experts: ExpertPlacement | None = None
 ) -> tuple[RankActor, Channel[RankMessage]]:
     """A rank that serves and has met its peers, and the replica's end of its channel, after the first messages."""
-    rank = make_rank(spec, 1)
-    await asyncio.to_thread(rank.connect, address[0], SECRET, 7)
+    rank = make_rank()
+    await asyncio.to_thread(rank.connect, spec, 1, 7, address[0], SECRET)
     channel = await address[1].get()
     assert await next_news(channel) == Hello(rank=1, life=7, pid=os.getpid(), node_id="")
     assert rank.stats().tp_rank == spec.plan.tp - 1  # before there is a worker
@@ -317,8 +317,8 @@ async def test_a_new_rank_is_told_where_the_experts_lie_now(make_rank: MakeRank,
 
 async def test_before_it_has_a_worker_a_rank_knows_its_place(make_rank: MakeRank, address: Address) -> None:
     spec = replace(SPEC, config=MOE, plan=ParallelPlan.of(MOE, tp=2, pp=2, ep=2, dp_attention=2))
-    rank = make_rank(spec, 7)
-    await asyncio.to_thread(rank.connect, address[0], SECRET, 1)
+    rank = make_rank()
+    await asyncio.to_thread(rank.connect, spec, 7, 1, address[0], SECRET)
     stats = rank.stats()
     assert (stats.rank, stats.stage, stats.dp_rank, stats.tp_rank) == (7, 1, 1, 1)
     assert (stats.ep_rank, stats.expert_tp_rank, stats.first_layer) == (1, 1, 1)
@@ -338,8 +338,8 @@ async def test_end_of_the_replica_ends_the_rank(make_rank: MakeRank, address: Ad
 
 
 async def test_what_loading_raises_comes_out_as_it_is(make_rank: MakeRank, address: Address) -> None:
-    rank = make_rank(replace(SPEC, path="bad"), 0)
-    await asyncio.to_thread(rank.connect, address[0], SECRET, 1)
+    rank = make_rank()
+    await asyncio.to_thread(rank.connect, replace(SPEC, path="bad"), 0, 1, address[0], SECRET)
     with pytest.raises(CheckpointError, match="no such tensor"):
         rank.load(None)
 

@@ -238,7 +238,9 @@ class Life:
         self.actor = Actor()
         self.rank = RankHandle(3, 0, 1, self.actor, lambda rank: self.broken.append(rank.reason))
         channel = cast(Channel[RankMessage], self.wire)
-        self.following = asyncio.ensure_future(self.rank.follow(channel, Hello(rank=3), self.news.append))
+        self.following = asyncio.ensure_future(
+            self.rank.follow(channel, Hello(rank=3, life=1, pid=0, node_id=""), self.news.append)
+        )
 
     async def hears(self, *messages: RankMessage | None) -> None:
         for message in messages:
