@@ -265,6 +265,7 @@ OPTIONS: dict[str, str] = {
     "max-num-batched-tokens": "engine.max_num_batched_tokens",
     "max-num-waiting": "engine.max_num_waiting",
     "enable-prefix-caching": "engine.enable_prefix_caching",
+    "standby-ranks": "engine.standby_ranks",
     "kv-cache-memory": "engine.kv_cache_memory",
     "gpu-memory-utilization": "engine.gpu_memory_utilization",
     "log-level": "observability.log_level",
