@@ -4,7 +4,7 @@
 namespace {
 
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of weights that a thread takes at a time
-constexpr int64_t MOST_ROWS = 256;          // of x that are widened at once
+constexpr int64_t MOST_ROWS = 256;          // of x that are widened at once, if all of them stay in a cache
 constexpr int64_t MANY_ROWS = 16;           // that are worth several threads for that
 
 template <class T>
@@ -13,8 +13,10 @@ void linear(const T* x, int64_t x_stride, const T* w, int64_t w_stride, const T*
     int64_t piece = PIECE_BYTES / (size * int64_t(sizeof(T)) + 1) / ROWS * ROWS;
     piece = piece < ROWS ? ROWS : piece;
     int64_t num_pieces = (out_size + piece - 1) / piece;
-    for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
-        int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
+    int64_t at_once = CACHE_BYTES / (size * int64_t(sizeof(float)) + 1) / COLUMNS * COLUMNS;
+    at_once = at_once < COLUMNS ? COLUMNS : at_once > MOST_ROWS ? MOST_ROWS : at_once;
+    for (int64_t begin = 0; begin < num_rows; begin += at_once) {
+        int64_t count = num_rows - begin < at_once ? num_rows - begin : at_once;
         Widened<T> wide(count, size);
 #pragma omp parallel for num_threads(num_threads) if (count > MANY_ROWS)
         for (int64_t c = 0; c < count; ++c) wide.take(c, x + (begin + c) * x_stride);

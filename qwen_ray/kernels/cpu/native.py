@@ -1,8 +1,8 @@
 """The kernels in C++ behind the names of `reference.py`; see the `.cpp` files for what they do.
 
 For one compute dtype, float32 or bfloat16, of all that they are given; x of another goes to the reference. So does what
-torch does faster, with AMX: products of many rows of bfloat16. Apart from these, and from the attention of prompts, a
-row's result depends on that row alone, to the last bit: not on what is computed beside it, nor on the instruction set.
+torch does faster, with AMX: products of many rows of bfloat16. Apart from these a row's result depends on that row
+alone, to the last bit: not on what is computed beside it, nor on the instruction set.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from qwen_ray.kernels import quantized, reference
-from qwen_ray.kernels.cpu import attention, experts
+from qwen_ray.kernels.cpu import experts
 from qwen_ray.kernels.cpu.library import Library
 from qwen_ray.kernels.quantized import PackedWeight
 
@@ -24,15 +24,13 @@ PARTS_AT_ONCE = 16384  # rows of hidden states, one per token and choice: larger
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """Sequences of one new token are ours, chunks of several go through torch's attention."""
+    """Of S sequences: where their rows of q begin and how many they are, their tokens, their blocks; all int64."""
 
-    rows: torch.Tensor  # [D] of q
-    sequences: torch.Tensor  # [D] of the block tables
-    lengths: torch.Tensor  # [D]
-    block_tables: torch.Tensor  # [S, max blocks] int64
+    starts: torch.Tensor  # [S]
+    counts: torch.Tensor  # [S]
+    lengths: torch.Tensor  # [S]
+    block_tables: torch.Tensor  # [S, max blocks]
     block_size: int
-    prefills: tuple[attention.Prefill, ...]
-    scratch: attention.Scratch
 
 
 class NativeKernels:
@@ -185,17 +183,12 @@ class NativeKernels:
         block_size: int,
     ) -> AttentionPlan:
         """As `reference.plan_attention`."""
-        starts = accumulate(query_lens, initial=0)
-        own = [(row, s) for s, (row, count) in enumerate(zip(starts, query_lens, strict=False)) if count == 1]
-        prefills = attention.plan_prefills(block_tables, query_lens, context_lens, block_size)
         return AttentionPlan(
-            rows=torch.tensor([row for row, _ in own], dtype=torch.int64),
-            sequences=torch.tensor([s for _, s in own], dtype=torch.int64),
-            lengths=torch.tensor([context_lens[s] for _, s in own], dtype=torch.int64),
-            block_tables=block_tables.contiguous(),
+            starts=torch.tensor([0, *accumulate(query_lens)][:-1], dtype=torch.int64),
+            counts=torch.tensor(query_lens, dtype=torch.int64),
+            lengths=torch.tensor(context_lens, dtype=torch.int64),
+            block_tables=block_tables.long().contiguous(),
             block_size=block_size,
-            prefills=prefills,
-            scratch=attention.Scratch(max((part.slots.shape[0] for part in prefills), default=0)),
         )
 
     def paged_attention(
@@ -206,27 +199,25 @@ class NativeKernels:
         q = rows_together(q)
         out = self._room(*q.shape)
         _, heads, dim = q.shape
-        if plan.rows.shape[0]:
-            self._attend(
-                q.data_ptr(),
-                q.stride(0),
-                k_cache.data_ptr(),
-                v_cache.data_ptr(),
-                plan.rows.data_ptr(),
-                plan.sequences.data_ptr(),
-                plan.lengths.data_ptr(),
-                plan.block_tables.data_ptr(),
-                plan.block_tables.shape[1],
-                plan.rows.shape[0],
-                plan.block_size,
-                heads,
-                k_cache.shape[2],
-                dim,
-                scale,
-                out.data_ptr(),
-                torch.get_num_threads(),
-            )
-        attention.attend_prefills(q, k_cache, v_cache, plan.prefills, plan.scratch, scale, out)
+        self._attend(
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            plan.starts.data_ptr(),
+            plan.counts.data_ptr(),
+            plan.lengths.data_ptr(),
+            plan.block_tables.data_ptr(),
+            plan.block_tables.shape[1],
+            plan.starts.shape[0],
+            plan.block_size,
+            heads,
+            k_cache.shape[2],
+            dim,
+            scale,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
         return out
 
 
