@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from qwen_ray.core.errors import CheckpointError, PlanRefused, RankFailed
 from qwen_ray.core.model_config import MoeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan
 from qwen_ray.core.request import SamplingParams
-from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
+from qwen_ray.core.step import Chunk, NewSequence, Sample, StepBatch, StepResult
+from qwen_ray.kernels.cpu import library
 from qwen_ray.worker.local import LocalExecutor
 from qwen_ray.worker.worker import first_step
 
@@ -115,6 +117,35 @@ async def test_sampled_tokens_do_not_depend_on_the_batch(executor: LocalExecutor
     together, _ = await generate(executor, PROMPTS, sampling)
     alone, _ = await generate(executor, PROMPTS[:1], sampling)
     assert alone[0] == together[0]
+
+
+@pytest.mark.skipif(library.load() is None, reason="torch's products depend on how many rows they have")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_sequence_says_the_same_however_it_was_computed(checkpoint: Path, dtype: str) -> None:
+    """To the last bit: so a request that somebody else takes over, from its tokens so far, goes on as it would have."""
+    executor = LocalExecutor(replace(replica_spec(QWEN2, checkpoint), dtype=dtype))
+    tokens = tuple((7 * i) % 90 for i in range(45))
+
+    async def computed(*cuts: int) -> list[Sample]:
+        """In chunks that end there; another sequence's tokens beside each."""
+        sequences = (new(0, tokens, SamplingParams(logprobs=4)), new(1, tokens, SamplingParams()))
+        result = None
+        for start, end in pairwise((0, *cuts, len(tokens))):
+            blocks = [tuple(range(first, first + 12)) if start == 0 else () for first in (0, 12)]
+            chunks = [Chunk(sequence_id=i, start=start, count=end - start, new_blocks=blocks[i]) for i in range(2)]
+            batch = StepBatch(step_id=end, new=sequences if start == 0 else (), chunks=tuple(chunks))
+            result = await executor.submit(batch)
+        await executor.submit(StepBatch(step_id=99, chunks=(), dropped=(0, 1)))
+        assert result is not None
+        return [sample for sample in result.samples if sample.sequence_id == 0]
+
+    try:
+        decoded = await computed(*range(20, 45))
+        assert decoded[0].logprobs is not None
+        assert await computed() == decoded
+        assert await computed(1, 17, 18, 40) == decoded
+    finally:
+        executor.close()
 
 
 async def test_logprobs_are_the_model_s_own(executor: LocalExecutor, reference: Qwen2ForCausalLM) -> None:
