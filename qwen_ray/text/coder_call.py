@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from qwen_ray.text.argument_type import argument_types, to_json
-from qwen_ray.text.hermes_call import CALL_END, CALL_START, MAX_HEAD
+from qwen_ray.text.call_reader import CALL_END, CALL_START, MAX_HEAD, CallReader
 
 FUNCTION_START, FUNCTION_END = "<function=", "</function>"
 PARAMETER_START, PARAMETER_END = "<parameter=", "</parameter>"
@@ -30,43 +30,20 @@ _TAGS = (PARAMETER_START, FUNCTION_END, CALL_END)
 _LONGEST_END = 1 + len(PARAMETER_END) + 32 + len(PARAMETER_START)
 
 
-class CoderCall:
-    """A `text.tool_calls.CallReader`. `parameters`: JSON schemas of arguments, by function."""
+class CoderCall(CallReader):
+    """`parameters`: JSON schemas of arguments, by function."""
 
     def __init__(self, parameters: Mapping[str, Mapping[str, Any]]) -> None:
-        self.name: str | None = None
-        self.is_whole = False
+        super().__init__()
         self._parameters = parameters
-        self._read: Callable[[str], str | None] | None = self._read_head  # what comes next; None: it has ended
-        self._held = ""
-        self._gained = ""
         self._has_values = False
         self._is_at_start = True  # of a value
         self._types = frozenset[str]()  # of the value; none: it is text
         self._value = ""  # so far, of a type that only the whole shows
 
-    def push(self, text: str) -> str | None:
-        rest: str | None = self._held + text
-        self._held = ""
-        while rest is not None and self._read is not None:
-            rest = self._read(rest)
-        return rest
-
-    def finish(self) -> str:
-        held, self._held = self._held, ""
-        if self.name is None:
-            return held
+    def _break_off(self, held: str) -> None:
         if self._read == self._read_value:
             self._gained += _escaped(self._value + held)
-        return ""
-
-    def take(self) -> str:
-        gained, self._gained = self._gained, ""
-        return gained
-
-    def _hold(self, text: str) -> None:
-        """Until more of it has come."""
-        self._held = text
 
     def _read_head(self, text: str) -> str | None:
         head = text[:MAX_HEAD]

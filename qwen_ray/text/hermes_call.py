@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any, cast
 
 from qwen_ray.text.argument_type import strict_json
-
-CALL_START, CALL_END = "<tool_call>", "</tool_call>"
-MAX_HEAD = 4096  # characters in which a call must show that it is one: text before that is held back
+from qwen_ray.text.call_reader import CALL_END, CALL_START, MAX_HEAD, CallReader
 
 _HEAD = re.compile(
     r'<tool_call>\s*\{\s*"name"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL
@@ -24,40 +21,17 @@ _OUTSIDE = re.compile(r'[^{}"<]*')
 _INSIDE = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)  # a string
 
 
-class HermesCall:
-    """A `text.tool_calls.CallReader`."""
+class HermesCall(CallReader):
+    """`name` is known with the head, arguments come as they are written."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self.is_whole = False
-        self._read: Callable[[str], str | None] | None = self._read_head  # what comes next; None: it has ended
-        self._held = ""
-        self._gained = ""
+        super().__init__()
         self._depth = 0  # of braces in the arguments
         self._is_in_string = False
         self._has_brace = False  # the last, of the object around name and arguments
 
-    def push(self, text: str) -> str | None:
-        rest: str | None = self._held + text
-        self._held = ""
-        while rest is not None and self._read is not None:
-            rest = self._read(rest)
-        return rest
-
-    def finish(self) -> str:
-        held, self._held = self._held, ""
-        if self.name is None:
-            return held
+    def _break_off(self, held: str) -> None:
         self._gained += held if self._is_in_string else ""  # otherwise it is a part of the tag
-        return ""
-
-    def take(self) -> str:
-        gained, self._gained = self._gained, ""
-        return gained
-
-    def _hold(self, text: str) -> None:
-        """Until more of it has come."""
-        self._held = text
 
     def _read_head(self, text: str) -> str | None:
         """Name first is what Qwen writes; any order is read if the whole call comes within MAX_HEAD."""

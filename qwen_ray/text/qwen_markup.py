@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qwen_ray.text.tool_calls import CallDelta, CallReader, ToolUse
+from qwen_ray.text.call_reader import CallReader
+from qwen_ray.text.tool_calls import CallDelta, ToolUse
 
 THINK_START, THINK_END = "<think>", "</think>"
 

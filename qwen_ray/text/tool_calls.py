@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from qwen_ray.text.call_reader import CALL_END, CALL_START, CallReader
 from qwen_ray.text.coder_call import FUNCTION_START, CoderCall
-from qwen_ray.text.hermes_call import CALL_END, CALL_START, HermesCall
+from qwen_ray.text.hermes_call import HermesCall
 
 ToolSyntax = Literal["hermes", "coder"]
 CALL_TAGS = (CALL_START, CALL_END)
@@ -30,25 +31,6 @@ class CallDelta:
     index: int
     name: str | None = None
     arguments: str = ""
-
-
-class CallReader(Protocol):
-    """Reads one call, its opening tag included. Whether it is one is known when it has a `name`."""
-
-    name: str | None
-    is_whole: bool  # its arguments have been written to their end
-
-    def push(self, text: str) -> str | None:
-        """Reads on. What follows the call once it has ended (all of the text if it is none), None until then."""
-        ...
-
-    def finish(self) -> str:
-        """Nothing follows: the text of what did not become a call."""
-        ...
-
-    def take(self) -> str:
-        """What the arguments have gained since the last time."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_ray.text.hermes_call import MAX_HEAD
+from qwen_ray.text.call_reader import MAX_HEAD
 from qwen_ray.text.qwen_markup import QwenMarkup
 from qwen_ray.text.tool_calls import ToolSyntax, ToolUse, tool_syntax
 
