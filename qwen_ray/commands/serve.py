@@ -110,7 +110,8 @@ def _talk(child: subprocess.Popen[bytes], settings: Settings) -> queue.SimpleQue
 def _wait_until_ready(
     settings: Settings, child: subprocess.Popen[bytes], events: queue.SimpleQueue[dict[str, Any]]
 ) -> None:
-    with progress_bars() as show:
+    # One client for all: making one reads the certificates of all authorities.
+    with progress_bars() as show, httpx.Client(base_url=address(settings), timeout=2.0) as client:
         show("starting Ray", 0, 1)
         before = "starting Ray"
         while True:
@@ -118,12 +119,12 @@ def _wait_until_ready(
                 event = events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if before == STEPS["serve"]:
-                    _show_loading(settings, show)
+                    _show_loading(client, show)
                 continue
             _check(child, event)
             show(before, 1, 1)
             if event["event"] == "ready":
-                _show_loading(settings, show)
+                _show_loading(client, show)
                 return
             before = STEPS[event["event"]]
             show(before, 0, 1)
@@ -143,10 +144,10 @@ def _check(child: subprocess.Popen[bytes], event: dict[str, Any]) -> None:
         raise ServerFailed(f"The server process ended unexpectedly (exit code {code}).", 1)
 
 
-def _show_loading(settings: Settings, show: ShowProgress) -> None:
+def _show_loading(client: httpx.Client, show: ShowProgress) -> None:
     """One bar for each replica, from what the ingress tells of them; nothing while it is not up."""
     try:
-        replicas = httpx.get(f"{address(settings)}/health/startup", timeout=2.0).json()["replicas"]
+        replicas = client.get("/health/startup").json()["replicas"]
     except (httpx.HTTPError, ValueError, KeyError):
         return
     for index, replica in enumerate(replicas):

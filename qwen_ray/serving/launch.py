@@ -16,12 +16,14 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayTaskError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.schema import ApplicationStatusOverview
 
 from qwen_ray.cluster.inventory import hardware
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 # No tensor of ours goes through Ray's object store.
 OBJECT_STORE_BYTES = 128 * 2**20
 STOP_SECONDS = 5.0
+POLL_SECONDS = 0.05
 
 
 class DeployFailed(QwenRayError):
@@ -77,15 +80,28 @@ def run(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, _stop)  # Ray has put its own in place of ours
     application = build(settings)
     http = serve.HTTPOptions(host=settings.http.host, port=settings.http.port, keep_alive_timeout_s=KEEP_ALIVE_SECONDS)
-    serve.start(http_options=http)
-    tell("serve")
-    try:
-        serve.run(application, name=APP, route_prefix="/", blocking=False)
-    except RuntimeError as error:
-        raise _cause(serve.status().applications[APP]) or error from error
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        starting = beside.submit(serve.start, http_options=http)
+        _wait_for_controller(starting)
+        tell("serve")
+        try:
+            serve.run(application, name=APP, route_prefix="/", blocking=False)
+        except RuntimeError as error:
+            raise _cause(serve.status().applications[APP]) or error from error
+        starting.result()
     tell("ready")
     while True:
         time.sleep(3600)
+
+
+def _wait_for_controller(starting: Future[None]) -> None:
+    """The model need not wait for Serve's proxies, which take as long to start as the controller."""
+    while not starting.done():
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            return
+        except ValueError:
+            time.sleep(POLL_SECONDS)
 
 
 def start_ray(settings: Settings) -> None:
