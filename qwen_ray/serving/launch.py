@@ -16,23 +16,17 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import FrameType
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType, ModuleType
 from typing import Any
 
 import ray
-from ray import serve
 from ray.exceptions import RayTaskError
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.schema import ApplicationStatusOverview
 
 from qwen_ray.cluster.inventory import hardware
 from qwen_ray.config import Settings
-from qwen_ray.core import errors
 from qwen_ray.core.errors import QwenRayError
 from qwen_ray.core.hardware import Hardware
-from qwen_ray.serving.app import APP, build
-from qwen_ray.serving.environment import KEEP_ALIVE_SECONDS
 from qwen_ray.serving.logs import handler
 
 logger = logging.getLogger(__name__)
@@ -40,15 +34,6 @@ logger = logging.getLogger(__name__)
 # No tensor of ours goes through Ray's object store.
 OBJECT_STORE_BYTES = 128 * 2**20
 STOP_SECONDS = 5.0
-POLL_SECONDS = 0.05
-
-
-class DeployFailed(QwenRayError):
-    """Serve gave up on the application; `exit_code` is that of the error behind it."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> None:
@@ -75,33 +60,22 @@ def main() -> None:
 
 def run(settings: Settings) -> None:
     """Bring everything up, say so, and wait for the end. Raises QwenRayError, or what Ray raises."""
-    start_ray(settings)
-    tell("ray", address=ray.get_runtime_context().gcs_address)
-    signal.signal(signal.SIGTERM, _stop)  # Ray has put its own in place of ours
-    application = build(settings)
-    http = serve.HTTPOptions(host=settings.http.host, port=settings.http.port, keep_alive_timeout_s=KEEP_ALIVE_SECONDS)
     with ThreadPoolExecutor(max_workers=1) as beside:
-        starting = beside.submit(serve.start, http_options=http)
-        _wait_for_controller(starting)
-        tell("serve")
-        try:
-            serve.run(application, name=APP, route_prefix="/", blocking=False)
-        except RuntimeError as error:
-            raise _cause(serve.status().applications[APP]) or error from error
-        starting.result()
+        deploying = beside.submit(_deploying)
+        start_ray(settings)
+        tell("ray", address=ray.get_runtime_context().gcs_address)
+        signal.signal(signal.SIGTERM, _stop)  # Ray has put its own in place of ours
+        deploying.result().deploy(settings, lambda: tell("serve"))
     tell("ready")
     while True:
         time.sleep(3600)
 
 
-def _wait_for_controller(starting: Future[None]) -> None:
-    """The model need not wait for Serve's proxies, which take as long to start as the controller."""
-    while not starting.done():
-        try:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-            return
-        except ValueError:
-            time.sleep(POLL_SECONDS)
+def _deploying() -> ModuleType:
+    """Serve and the application take two seconds to import: that is done while Ray's processes start."""
+    from qwen_ray.serving import deploy
+
+    return deploy
 
 
 def start_ray(settings: Settings) -> None:
@@ -119,18 +93,6 @@ def start_ray(settings: Settings) -> None:
     )
 
 
-def _cause(application: ApplicationStatusOverview) -> DeployFailed | None:
-    """What ended a deployment: the last error in the traceback that Serve keeps of it, ours if there is one."""
-    for deployment in application.deployments.values():
-        _, is_ours, ours = deployment.message.rpartition("\nqwen_ray.core.errors.")
-        if is_ours:
-            name, _, message = ours.partition(": ")
-            return DeployFailed(message.strip(), getattr(errors, name).exit_code)
-        if "Error: " in deployment.message:
-            return DeployFailed(deployment.message.strip().splitlines()[-1], QwenRayError.exit_code)
-    return None
-
-
 def stop(settings: Settings) -> None:
     """End what was started here: the whole of a local Ray, or the application on a cluster that stays."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -138,7 +100,7 @@ def stop(settings: Settings) -> None:
         return
     if settings.ray_address:
         # The controller goes on with it on its own; draining may take longer than anybody wants to wait here.
-        deleting = threading.Thread(target=serve.delete, args=(APP,), daemon=True)
+        deleting = threading.Thread(target=_deploying().withdraw, daemon=True)
         deleting.start()
         deleting.join(STOP_SECONDS)
     ray.shutdown()
