@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
-from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, quantize_int4, quantize_int8
+from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, make_room, quantize
 from qwen_ray.kernels.registry import REFERENCE, Kernels
 
 LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
@@ -22,14 +22,14 @@ def matrix(out_size: int, size: int) -> torch.Tensor:
 
 
 def pack(weight: torch.Tensor, kind: int) -> PackedWeight:
-    return quantize_int4(weight, kind) if kind else quantize_int8(weight)
+    return quantize(weight, 4, kind) if kind else quantize(weight, 8)
 
 
 @given(shape=sizes)
 @settings(max_examples=20, deadline=None)
 def test_8_bits_move_a_weight_by_half_a_step(shape: tuple[int, int]) -> None:
     weight = matrix(*shape)
-    packed = quantize_int8(weight)
+    packed = quantize(weight, 8)
     assert packed.values.shape[1] % 64 == 0
     assert ((dequantize(packed) - weight).abs() <= packed.scales[:, None] * 0.5001).all()
     assert torch.equal(packed.scales, weight.abs().amax(-1) / 127)
@@ -40,7 +40,7 @@ def test_8_bits_move_a_weight_by_half_a_step(shape: tuple[int, int]) -> None:
 @settings(max_examples=20, deadline=None)
 def test_4_bits_move_a_weight_by_half_a_step_or_cut_it(group: int, shape: tuple[int, int]) -> None:
     weight = matrix(*shape)
-    packed = quantize_int4(weight, group)
+    packed = quantize(weight, 4, group)
     assert packed.values.shape[1] * 2 % 128 == 0
     scales = packed.scales.float().abs().repeat_interleave(group, dim=1)[:, : shape[1]]
     moved = (dequantize(packed) - weight).abs()
@@ -60,13 +60,13 @@ def test_what_can_be_said_exactly_is_kept(kind: int) -> None:
 
 def test_bytes_are_few() -> None:
     weight = matrix(64, 1024)
-    assert quantize_int8(weight).num_bytes == 64 * 1024 + 64 * 4
-    assert quantize_int4(weight, 64).num_bytes == 64 * 512 + 64 * 16 * 2
+    assert quantize(weight, 8).num_bytes == 64 * 1024 + 64 * 4
+    assert quantize(weight, 4, 64).num_bytes == 64 * 512 + 64 * 16 * 2
 
 
 def test_other_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="group is 48; it must be one of 32, 64, 128"):
-        quantize_int4(matrix(2, 96), 48)
+        make_room(4, 2, 96, 48)
 
 
 @pytest.mark.parametrize("library", [None, *LIBRARIES], ids=NAMES)
