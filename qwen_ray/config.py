@@ -118,7 +118,7 @@ class ModelSettings(Section):
         default="auto", description="of the computation; fp8 (weights) can be planned with, not served"
     )
     quantization: Quantization = Field(
-        default="none", description="of weights, as they are read: int8 (each row), int4 (each 64 of a row); CPU only"
+        default="none", description="of weights, as they are read: int8 (each row), int4 (each 32 of a row); CPU only"
     )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     plan: Literal["auto"] | PlanSettings = "auto"

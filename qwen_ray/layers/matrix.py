@@ -26,7 +26,7 @@ def vocab_bits(site: Site) -> int | None:
 
 
 class Matrix(nn.Module):
-    """[out, in]: `weight`, or where `bits` is not None what `packed` says, which lies in `values` and `scales`."""
+    """[out, in]: `weight`, or where `bits` is not None what `packed` says, whose tensors are the parameters."""
 
     def __init__(self, site: Site, out_size: int, in_size: int, bits: int | None) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class Matrix(nn.Module):
         self._dtype = site.dtype
         self.packed = None if bits is None else quantized.make_room(bits, out_size, in_size)
         self.weight = weight(site, out_size, in_size) if bits is None else None
-        self.values = None if self.packed is None else nn.Parameter(self.packed.values, requires_grad=False)
-        self.scales = None if self.packed is None else nn.Parameter(self.packed.scales, requires_grad=False)
+        tensors = () if self.packed is None else self.packed.tensors
+        self.parts = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[T, in] to [T, out]."""

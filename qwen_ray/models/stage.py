@@ -138,7 +138,7 @@ class Stage(nn.Module):
         """That `load` reads, however they are then held."""
         packed = [m.packed for m in self.modules() if isinstance(m, Matrix) and m.packed is not None]
         held = sum(parameter.numel() for parameter in self.parameters())
-        return held + sum(p.num_weights - p.values.numel() - p.scales.numel() for p in packed)
+        return held + sum(p.num_weights - sum(tensor.numel() for tensor in p.tensors) for p in packed)
 
     @property
     def num_bytes(self) -> int:

@@ -65,9 +65,10 @@ class RankMemory:
         return self.weights + self.tables + self.kv_per_block * num_blocks
 
 
-# How matrices lie in 8 and 4 bits: rows of a multiple of so many weights, each row or each group with a scale.
+# How matrices lie in 8 and 4 bits: rows of a multiple of so many weights, each row with a scale, or each
+# group with a scale and its least weight.
 INT8_STEP, INT8_SCALE_BYTES = 64, 4
-INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES = 128, 64, 2
+INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES = 128, 32, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

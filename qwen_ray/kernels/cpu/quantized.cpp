@@ -50,7 +50,7 @@ struct Scale {
 inline i32x16 nearest(f32x16 v) { return (i32x16)(v + 12582912.0f) - 0x4b400000; }
 
 // What the bytes of weights are too large by is known beforehand, and so is its part of the sums: `starts`.
-constexpr int OFFSET8 = 128, OFFSET4 = 8;
+constexpr int OFFSET = 128;
 
 // Rows of x in 16 bits: 256 times a byte, and another.
 struct Rounded16 {
@@ -63,7 +63,7 @@ struct Rounded16 {
     int64_t num_groups;
     std::unique_ptr<Group[]> groups;  // [rows, num_groups]
 
-    Rounded16(int64_t num_rows, int64_t num_steps)
+    Rounded16(int64_t num_rows, int64_t num_steps, int64_t)
         : num_groups((num_steps + STEPS - 1) / STEPS), groups(new Group[num_rows * num_groups]) {}
 
     template <class T>
@@ -85,26 +85,29 @@ struct Rounded16 {
                 save(to.low[0] + 16 * i, __builtin_convertvector(low, i8x16));
                 total += whole;
             }
-            save(to.starts, total * -OFFSET8);
+            save(to.starts, total * -OFFSET);
             to.scale = scale.value;
         }
     }
 };
 
-// Rows of x in 8 bits.
+// Rows of x in 8 bits, and the totals of what meets a group of weights.
 struct Rounded8 {
     struct alignas(64) Group {
         int8_t values[GROUP];
-        int32_t starts[16];  // what its sums begin with
     };
-    int64_t num_groups;
-    std::unique_ptr<Group[]> groups;  // [rows, num_groups]
-    std::unique_ptr<float[]> scales;  // [rows, num_groups]
+    int64_t num_groups, num_totals, total_size;
+    std::unique_ptr<Group[]> groups;   // [rows, num_groups]
+    std::unique_ptr<float[]> scales;   // [rows, num_groups]
+    std::unique_ptr<float[]> totals;   // [rows, num_totals rounded up to 16]
 
-    Rounded8(int64_t num_rows, int64_t num_steps)
+    Rounded8(int64_t num_rows, int64_t num_steps, int64_t total_size)
         : num_groups(num_steps),
+          num_totals((num_steps * GROUP / total_size + 15) / 16 * 16),
+          total_size(total_size),
           groups(new Group[num_rows * num_groups]),
-          scales(new float[num_rows * num_groups]) {}
+          scales(new float[num_rows * num_groups]),
+          totals(new float[num_rows * num_totals]()) {}
 
     template <class T>
     void take(int64_t row, const T* from, int64_t size) {
@@ -116,12 +119,13 @@ struct Rounded8 {
                 spoilt += v[i] - v[i];
             }
             Scale scale(most, spoilt, 127.0f);
-            Group& to = groups[row * num_groups + g];
-            for (int i = 0; i < 4; ++i)
-                save(to.values + 16 * i, __builtin_convertvector(nearest(v[i] * scale.inverse), i8x16));
+            for (int i = 0; i < 4; ++i) {
+                i32x16 whole = nearest(v[i] * scale.inverse);
+                save(groups[row * num_groups + g].values + 16 * i, __builtin_convertvector(whole, i8x16));
+                totals[row * num_totals + (g * GROUP + 16 * i) / total_size] +=
+                    sum(__builtin_convertvector(whole, f32x16)) * scale.value;
+            }
             scales[row * num_groups + g] = scale.value;
-            i32x16 added = multiply_add(i32x16{}, u32x16{} + 0x01010101u, load<i32x16>(to.values));
-            save(to.starts, added * -OFFSET4);
         }
     }
 };
@@ -130,6 +134,7 @@ struct Weights {
     const uint8_t* values;
     int64_t row_bytes;
     const void* scales;
+    const bf16* least;
     int group;  // 0: 8 bits
 
     // Scales of 128 weights of a row in 4 bits, for the lanes of their first and of their second 64.
@@ -210,15 +215,24 @@ template <int R, int C>
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
                 int64_t g = from + c * x.num_groups + block * 2 + half;
-                i32x16 b = load<i32x16>(x.groups[g].values), start = load<i32x16>(x.groups[g].starts);
+                i32x16 b = load<i32x16>(x.groups[g].values);
                 f32x16 scale = fill(x.scales[g]);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
-                    f32x16 v = __builtin_convertvector(multiply_add(start, a[r][half], b), f32x16);
+                    f32x16 v = __builtin_convertvector(multiply_add(i32x16{}, a[r][half], b), f32x16);
                     sums[c * R + r] += v * (scale * scales[r][half]);
                 }
             }
     }
+    int64_t num_least = w.row_bytes * 2 / w.group;
+    for (int64_t g = 0; g < num_least; g += 16)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            f32x16 least = load_up_to_16(w.least + (first + r) * num_least + g, num_least - g);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c)
+                sums[c * R + r] += least * load<f32x16>(x.totals.get() + (column + c) * x.num_totals + g);
+        }
     return add_lanes<R * C>(sums);
 }
 
@@ -252,7 +266,7 @@ void linear(const T* x, int64_t x_stride, const Weights& w, const T* bias, T* ou
     int64_t num_pieces = (out_size + piece - 1) / piece;
     for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
         int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
-        X own(count, num_steps);
+        X own(count, num_steps, w.group);
 #pragma omp parallel for num_threads(num_threads) if (count > MANY_ROWS)
         for (int64_t c = 0; c < count; ++c) own.take(c, x + (begin + c) * x_stride, size);
         T* to = out + begin * out_size;
@@ -267,9 +281,9 @@ void linear(const T* x, int64_t x_stride, const Weights& w, const T* bias, T* ou
 
 template <class T>
 void linear_packed(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes, const void* scales,
-                   int group, const T* bias, T* out, int64_t num_rows, int64_t out_size, int64_t size,
+                   const bf16* least, int group, const T* bias, T* out, int64_t num_rows, int64_t out_size, int64_t size,
                    int num_threads) {
-    Weights w{values, row_bytes, scales, group};
+    Weights w{values, row_bytes, scales, least, group};
     if (group)
         linear<Rounded8>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
     else
@@ -280,9 +294,9 @@ void linear_packed(const T* x, int64_t x_stride, const uint8_t* values, int64_t 
 
 #define EXPORT(T, SUFFIX)                                                                                              \
     extern "C" void linear_packed_##SUFFIX(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes,     \
-                                           const void* scales, int group, const T* bias, T* out, int64_t num_rows,     \
-                                           int64_t out_size, int64_t size, int num_threads) {                          \
-        linear_packed(x, x_stride, values, row_bytes, scales, group, bias, out, num_rows, out_size, size,              \
+                                           const void* scales, const bf16* least, int group, const T* bias, T* out,    \
+                                           int64_t num_rows, int64_t out_size, int64_t size, int num_threads) {        \
+        linear_packed(x, x_stride, values, row_bytes, scales, least, group, bias, out, num_rows, out_size, size,       \
                       num_threads);                                                                                    \
     }
 EXPORT(float, f32)

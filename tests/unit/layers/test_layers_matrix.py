@@ -1,4 +1,4 @@
-"""Quantized weights in layers: what a rank holds of them, the same each time; products that are the same in any batch."""
+"""Quantized weights in layers: what a rank holds of them, the same each time, and products that ignore their batch."""
 
 from __future__ import annotations
 

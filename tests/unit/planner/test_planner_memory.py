@@ -191,13 +191,13 @@ def test_weights_of_qwen2_5_0_5b_in_8_and_4_bits() -> None:
     config = known("Qwen/Qwen2.5-0.5B-Instruct")
     shard = ParallelPlan.of(config).shard(config, 0)
     # A layer has 1,152 rows of q, k and v and 2 * 4,864 of gate and up, 896 long; 896 rows of o, 896 long, and of down,
-    # 4,864 long. Each row has a scale of 4 bytes, or one of 2 bytes for each 64 weights. All are multiples of 128.
+    # 4,864 long. Each row has a scale of 4 bytes, or 4 bytes for each 32 weights. All are multiples of 128.
     # Biases 1,152 and norms 1,792 of a layer, and a norm of 896, are bfloat16; 151,936 rows of the embedding are int8.
     rest = 24 * 2 * (1_152 + 1_792) + 2 * 896 + 151_936 * (896 + 4)
     rows, long_rows = 1_152 + 2 * 4_864 + 896, 896
     in_int8 = 24 * (rows * (896 + 4) + long_rows * (4_864 + 4)) + rest
     assert rank_memory(config, shard, "int8+bfloat16", ENGINE, "cpu").weights == in_int8
-    in_int4 = 24 * (rows * (448 + 28) + long_rows * (2_432 + 152)) + rest
+    in_int4 = 24 * (rows * (448 + 112) + long_rows * (2_432 + 608)) + rest
     assert rank_memory(config, shard, "int4+bfloat16", ENGINE, "cpu").weights == in_int4
     assert rank_memory(config, shard, "int4+bfloat16", ENGINE, "cpu").kv_per_block == 16 * 24 * 2 * 128 * 2
 
