@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits: how a matrix is rounded and packed, and what it then stands for.
 
 Only weights are kept so. Kernels may round activations on their way through a product: beside weights in 8 bits to 16,
-each 256 of a row by themselves, beside weights in 4 bits to 8, each 64. Knows no layers and no checkpoints.
+each 512 of a row by themselves, beside weights in 4 bits to 8, each 64. Knows no layers and no checkpoints.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 // out = x w^T + bias with weights in 8 or 4 bits; see `quantized.py` for how they are packed.
 //
-// Activations are rounded first: for weights in 8 bits to 16, each 256 of a row to a scale of their own, and multiplied
-// in two halves; for weights in 4 bits to 8, each 64 of a row. Products are integers, exact, and only sums of 256 or 64
+// Activations are rounded first: for weights in 8 bits to 16, each 512 of a row to a scale of their own, and multiplied
+// in two halves; for weights in 4 bits to 8, each 64 of a row. Products are integers, exact, and only sums of 512 or 64
 // meet the scales. Rows of weights and of x are as independent of each other as in `tile.h`.
 #include <memory>
 #include <vector>
@@ -54,7 +54,7 @@ constexpr int OFFSET = 128;
 
 // Rows of x in 16 bits: 256 times a byte, and another.
 struct Rounded16 {
-    static constexpr int STEPS = 4, SIZE = STEPS * GROUP;
+    static constexpr int STEPS = 8, SIZE = STEPS * GROUP;
     struct alignas(64) Group {
         int8_t high[STEPS][GROUP], low[STEPS][GROUP];
         int32_t starts[16];
