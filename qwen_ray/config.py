@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qwen_ray.api_keys import ApiKey, check_distinct
 from qwen_ray.core.errors import SettingsError
+from qwen_ray.core.model_config import Quantization
 from qwen_ray.core.plan import THREAD_ENVIRONMENT
 
 ENV_PREFIX = "QWEN_RAY_"
@@ -116,7 +117,9 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         default="auto", description="of the computation; fp8 (weights) can be planned with, not served"
     )
-    quantization: Literal["none"] = "none"
+    quantization: Quantization = Field(
+        default="none", description="of weights, as they are read: int8 (each row), int4 (each 32 of a row); CPU only"
+    )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     plan: Literal["auto"] | PlanSettings = "auto"
     experts: ExpertSettings = ExpertSettings()

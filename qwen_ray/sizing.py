@@ -35,6 +35,7 @@ def plan_request(
             "models.0.dtype: fp8 can be planned with, not served; serve with bfloat16.", field="models.0.dtype"
         )
     _refuse_experts_of_none(model, config)
+    _refuse_quantization(model, config, hardware)
     degrees = model.plan if isinstance(model.plan, PlanSettings) else PlanSettings()
     engine = settings.engine
     return PlanRequest(
@@ -42,6 +43,7 @@ def plan_request(
         hardware=hardware,
         model=model.name,
         dtype=None if model.dtype == "auto" else model.dtype,
+        quantization=model.quantization,
         tp=degrees.tp,
         pp=degrees.pp,
         dp=dp,
@@ -71,6 +73,22 @@ def _refuse_experts_of_none(model: ModelSettings, config: ModelConfig) -> None:
         if value := getattr(model.experts, key):
             field = f"models.0.experts.{key}"
             raise SettingsError(f"{field}: {model.name} has no experts (got {value!s}).", field=field)
+
+
+def _refuse_quantization(model: ModelSettings, config: ModelConfig, hardware: Hardware) -> None:
+    """Where there are no kernels for weights in 8 or 4 bits."""
+    if model.quantization == "none":
+        return
+    reason = None
+    if any(node.device.kind == "cuda" for node in hardware.nodes):
+        reason = "is for CPUs, and there are GPUs, which would be used; leave it out"
+    elif model.dtype == "fp8":
+        reason = "and dtype fp8 exclude each other; compute in bfloat16"
+    elif config.moe:
+        reason = "is for dense models, and this is a mixture of experts; leave it out"
+    if reason:
+        field = "models.0.quantization"
+        raise SettingsError(f"{field}: {model.quantization} {reason}.", field=field)
 
 
 def _read_expert_load(file: Path, config: ModelConfig) -> tuple[tuple[float, ...], ...]:

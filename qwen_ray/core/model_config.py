@@ -14,6 +14,7 @@ from qwen_ray.core.errors import CheckpointError
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 RopeKind = Literal["default", "llama3", "yarn", "linear"]
+Quantization = Literal["none", "int8", "int4"]
 Architecture = Literal["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 

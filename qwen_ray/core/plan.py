@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from qwen_ray.core.errors import PlanRefused
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, Quantization
 
 # Intermediate sizes are cut in multiples of this where they allow it: quantized formats pack 32 values to a block.
 INTERMEDIATE_UNIT = 32
@@ -365,7 +365,8 @@ class ReplicaSpec:
     """All that the ranks and the engine of one replica are told, decided before anything is allocated.
 
     `path` is the checkpoint on the rank's own node: a directory or a GGUF file (a directory with config.json is
-    enough for load_format "dummy"). `dtype` is the compute dtype. `device` is "cpu" or "cuda".
+    enough for load_format "dummy"). `dtype` is the compute dtype, `quantization` what matrices are rounded to
+    as they are read. `device` is "cpu" or "cuda".
     """
 
     name: str
@@ -374,6 +375,7 @@ class ReplicaSpec:
     plan: ParallelPlan
     engine: EngineConfig
     dtype: str
+    quantization: Quantization = "none"
     device: str = "cpu"
     load_format: str = "auto"  # auto | safetensors | gguf | dummy
     num_threads: int = 1  # of one rank
@@ -386,5 +388,5 @@ class ReplicaSpec:
 
         The plan is no part of it: cut in another way, the model says the same (but for rounding).
         """
-        decides = (self.path, self.load_format, self.dtype, self.config, self.engine.max_model_len)
+        decides = (self.path, self.load_format, self.dtype, self.quantization, self.config, self.engine.max_model_len)
         return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qwen_ray.core.model_config import Quantization
 from qwen_ray.core.plan import Shard
 from qwen_ray.kernels.registry import Kernels
 from qwen_ray.parallel.groups import Groups
@@ -23,10 +24,19 @@ class Site:
     kernels: Kernels
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization = "none"
 
     @classmethod
-    def of(cls, shard: Shard, groups: Groups, device: torch.device, dtype: torch.dtype) -> Site:
-        return cls(shard=shard, groups=groups, kernels=Kernels.of(device, dtype), device=device, dtype=dtype)
+    def of(
+        cls,
+        shard: Shard,
+        groups: Groups,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: Quantization = "none",
+    ) -> Site:
+        kernels = Kernels.of(device, dtype)
+        return cls(shard=shard, groups=groups, kernels=kernels, device=device, dtype=dtype, quantization=quantization)
 
 
 def weight(site: Site, *shape: int) -> nn.Parameter:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from qwen_ray.core.errors import CheckpointError
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, Quantization
 from qwen_ray.core.plan import Shard
 from qwen_ray.layers.site import Groups, Site
 from qwen_ray.models.qwen2 import Qwen2Layer
@@ -26,13 +26,20 @@ LAYERS: dict[str, Callable[[ModelConfig, Site, int], DecoderLayer]] = {
 
 
 def build(
-    config: ModelConfig, shard: Shard, groups: Groups, device: torch.device, dtype: torch.dtype, *, max_len: int
+    config: ModelConfig,
+    shard: Shard,
+    groups: Groups,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    max_len: int,
+    quantization: Quantization = "none",
 ) -> Stage:
-    """This rank's part of the model, its weights not yet filled.
+    """This rank's part of the model, its weights not yet filled. Computes in `dtype`, also with quantized weights.
 
     Positions up to `max_len` can be computed. Raises CheckpointError if no page serves the architecture.
     """
     if config.architecture not in LAYERS:
         raise CheckpointError(f"architecture {config.architecture!r} is not served; served are {', '.join(LAYERS)}.")
-    site = Site.of(shard, groups, device, dtype)
+    site = Site.of(shard, groups, device, dtype, quantization)
     return Stage(config, site, max_len, LAYERS[config.architecture])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from qwen_ray.core.errors import PlanRefused
 from qwen_ray.core.hardware import Hardware
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, Quantization
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
 from qwen_ray.planner.cost import Estimate
 from qwen_ray.planner.memory import RankMemory, compute_dtype
@@ -39,6 +39,7 @@ class PlanRequest:
     hardware: Hardware
     model: str = ""
     dtype: str | None = None  # None: the checkpoint's own
+    quantization: Quantization = "none"
     tp: int | None = None
     pp: int | None = None
     dp: int | None = None
@@ -65,7 +66,9 @@ class PlanRequest:
 
     @property
     def weight_dtype(self) -> str:
-        return self.dtype or self.config.dtype
+        """As `memory.compute_dtype` says them."""
+        dtype = self.dtype or self.config.dtype
+        return dtype if self.quantization == "none" else f"{self.quantization}+{dtype}"
 
     @property
     def compute_dtype(self) -> str:
@@ -157,6 +160,7 @@ class Candidate:
             plan=self.plan,
             engine=self.engine_config(),
             dtype=self.request.compute_dtype,
+            quantization=self.request.quantization,
             device=self.request.kind,
             load_format=load_format,
             num_threads=self.num_threads,

@@ -17,13 +17,13 @@ from qwen_ray.core.hardware import Node
 from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig
 from qwen_ray.core.plan import ParallelPlan, Shard
 from qwen_ray.planner.memory import (
-    Weights,
     compute_dtype,
     expert_weights,
     layer_weights,
     num_kv_elements,
     num_slots,
     num_sparse_layers,
+    vocab_row_size,
 )
 
 
@@ -204,13 +204,18 @@ def rank_seconds(config: ModelConfig, shard: Shard, dtype: str, site: Site, load
     """The roofline of one rank: max(bytes / bandwidth, operations / rate)."""
     device, computed = site.node.device, compute_dtype(dtype)
     reached = EFFICIENCY[device.kind]
-    head = len(shard.vocab) * config.hidden_size if shard.is_last else 0
+    num_rows = len(shard.vocab) if shard.is_last else 0
     always = replace(layer_weights(config, shard), experts=0)
-    experts = Weights(experts=round(_experts_read(config, shard, load) * expert_weights(config, shard)))
-    read = (always + experts + Weights(ends=head)).num_bytes(dtype)
+    read: float = replace(layer_weights(config, shard, dtype), experts=0).total
+    read += num_rows * vocab_row_size(config.hidden_size, dtype)
+    read += _experts_read(config, shard, load) * expert_weights(config, shard, dtype)
     read += load.num_kv_tokens * num_kv_elements(config, shard) * DTYPE_BYTES[computed]
     scores = len(shard.layers) * len(shard.heads) * config.head_dim * load.context
-    operations = 2 * load.num_tokens * always.total + 2 * load.num_sequences * head + 4 * load.num_tokens * scores
+    operations = (
+        2 * load.num_tokens * always.total
+        + 2 * load.num_sequences * num_rows * config.hidden_size
+        + 4 * load.num_tokens * scores
+    )
     operations += 2 * _choices_computed(config, shard, load) * expert_weights(config, shard)
     rate = device.flops * reached.flops * (reached.flops_float32 if computed == "float32" else 1.0)
     bandwidth = device.memory_bandwidth * reached.bandwidth

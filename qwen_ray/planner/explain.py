@@ -24,6 +24,10 @@ FP8_NOTE = (
     "fp8 is the layers' matrices, at 1 byte; all else, KV cache and activations too, is bfloat16, and computing is "
     "taken to be no faster. It can be planned with, not served."
 )
+QUANTIZATION_NOTE = (
+    "int8 and int4 are the layers' matrices, embedding and head (these in int8) with their scales; biases, norms, KV "
+    "cache and activations are {}."
+)
 MAX_FITTING, MAX_REJECTED = 12, 8  # rows that are shown
 MAX_PLACES = 8  # lines
 
@@ -54,6 +58,7 @@ def describe(report: PlanReport) -> str:
         f"{request.memory_utilization:.0%} of their memory may be used; estimates are for {request.concurrency} "
         f"requests at once of {request.prompt_len} + {request.output_len} tokens",
         *([FP8_NOTE] if request.weight_dtype == "fp8" else []),
+        *([QUANTIZATION_NOTE.format(request.compute_dtype)] if request.quantization != "none" else []),
         "",
         *_aligned([header(report), *shown]),
     ]
@@ -100,7 +105,7 @@ def _weights_line(candidate: Candidate) -> str:
     """Where the bytes of all ranks come from: the checkpoint, and what more than one rank holds."""
     request = candidate.request
     everything = sum(rank.weights for rank in candidate.ranks)
-    checkpoint = model_weights(request.config).num_bytes(request.weight_dtype)
+    checkpoint = model_weights(request.config, request.weight_dtype).total
     text = f"weights of all ranks {in_words(everything)} = checkpoint {in_words(checkpoint)}"
     copies = _copies(candidate)
     if not copies:
@@ -111,7 +116,7 @@ def _weights_line(candidate: Candidate) -> str:
 
 def _copies(candidate: Candidate) -> dict[str, int]:
     request = candidate.request
-    sizes = copied_weights(request.config, candidate.plan).bytes_by_part(request.weight_dtype)
+    sizes = copied_weights(request.config, candidate.plan, request.weight_dtype).by_part
     return {name: size for name, size in sizes.items() if size}
 
 
@@ -176,8 +181,9 @@ def to_json(report: PlanReport) -> dict[str, Any]:
         "hardware": request.hardware.description,
         "num_devices": request.hardware.num_devices,
         "device": request.kind,
-        "dtype": request.weight_dtype,
-        "checkpoint_bytes": model_weights(config).num_bytes(request.weight_dtype),
+        "dtype": request.dtype or config.dtype,
+        "quantization": request.quantization,
+        "checkpoint_bytes": model_weights(config, request.weight_dtype).total,
         "memory_utilization": request.memory_utilization,
         "concurrency": request.concurrency,
         "prompt_len": request.prompt_len,

@@ -161,7 +161,7 @@ def _divide(draft: Candidate, replica: Replica) -> tuple[Span, ...]:
     for stage, index in enumerate(replica):
         shard = even.shard(request.config, stage * even.stage_size)
         held = rank_memory(request.config, shard, request.weight_dtype, draft.engine, request.kind)
-        layers = layer_weights(request.config, shard).num_bytes(request.weight_dtype)
+        layers = layer_weights(request.config, shard, request.weight_dtype).total
         usable = request.hardware.nodes[index].device.memory_bytes * request.memory_utilization
         room.append(int(usable) - held.fixed + layers)
     return divide_layers(request.config.num_hidden_layers, room)

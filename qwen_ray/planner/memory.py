@@ -65,9 +65,15 @@ class RankMemory:
         return self.weights + self.tables + self.kv_per_block * num_blocks
 
 
+# How matrices lie in 8 and 4 bits: rows of a multiple of so many weights, each row with a scale, or each
+# group with a scale and its least weight.
+INT8_STEP, INT8_SCALE_BYTES = 64, 4
+INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES = 128, 32, 4
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """What a rank holds, or reads, of the model: parameters by what they are part of."""
+    """What a rank holds, or reads, of the model, by what it is part of: parameters, or bytes of some dtype."""
 
     attention: int = 0
     mlp: int = 0  # dense ones
@@ -80,24 +86,16 @@ class Weights:
     def total(self) -> int:
         return self.attention + self.mlp + self.experts + self.shared_experts + self.ends + self.rest
 
-    def bytes_by_part(self, dtype: str) -> dict[str, int]:
-        """fp8: matrices of layers in 1 byte, ends and the rest in bfloat16, as in Qwen's FP8 checkpoints.
-
-        Their scales, 4 bytes for each 128 x 128 weights, are left out.
-        """
-        wide = DTYPE_BYTES[compute_dtype(dtype)]
-        narrow = 1 if dtype == "fp8" else wide
+    @property
+    def by_part(self) -> dict[str, int]:
         return {
-            "attention": self.attention * narrow,
-            "MLPs": self.mlp * narrow,
-            "experts": self.experts * narrow,
-            "shared experts": self.shared_experts * narrow,
-            "embedding and head": self.ends * wide,
-            "norms and routers": self.rest * wide,
+            "attention": self.attention,
+            "MLPs": self.mlp,
+            "experts": self.experts,
+            "shared experts": self.shared_experts,
+            "embedding and head": self.ends,
+            "norms and routers": self.rest,
         }
-
-    def num_bytes(self, dtype: str) -> int:
-        return sum(self.bytes_by_part(dtype).values())
 
     def __add__(self, other: Weights) -> Weights:
         return Weights(
@@ -121,8 +119,40 @@ class Weights:
 
 
 def compute_dtype(dtype: str) -> str:
-    """Of activations and KV cache, beside weights of `dtype`."""
-    return "bfloat16" if dtype == "fp8" else dtype
+    """Of activations and KV cache, beside weights of `dtype`: a name as in DTYPE_BYTES, fp8, or `int8+bfloat16`.
+
+    The latter are matrices of layers in int8 (or int4), and all else in bfloat16 (or another), but for embedding and
+    head, which are in int8.
+    """
+    return "bfloat16" if dtype == "fp8" else dtype.rpartition("+")[2]
+
+
+def row_size(size: int, dtype: str | None) -> int:
+    """Bytes of `size` weights that are a row of a layer's matrix; None: weights.
+
+    fp8: 1 byte, as in Qwen's FP8 checkpoints. Their scales, 4 bytes for each 128 x 128 weights, are left out.
+    """
+    if dtype is None or dtype == "fp8":
+        return size
+    quantization = dtype.partition("+")[0]
+    if quantization == "int8":
+        return size + -size % INT8_STEP + INT8_SCALE_BYTES
+    if quantization == "int4":
+        held = size + -size % INT4_STEP
+        return held // 2 + held // INT4_GROUP * INT4_SCALE_BYTES
+    return size * DTYPE_BYTES[dtype]
+
+
+def vocab_row_size(size: int, dtype: str | None) -> int:
+    """The same of embedding and head."""
+    if dtype is None or dtype == "fp8":
+        return size * unit_size(dtype)
+    return row_size(size, dtype.replace("int4", "int8"))
+
+
+def unit_size(dtype: str | None) -> int:
+    """Bytes of a weight that is in no such matrix: a bias, a norm, a router's."""
+    return 1 if dtype is None else DTYPE_BYTES[compute_dtype(dtype)]
 
 
 def rank_memory(
@@ -132,51 +162,57 @@ def rank_memory(
 
     `moves_experts`: between two steps, new experts for all slots of a layer may lie beside those that give way.
     """
-    arrivals = Weights(experts=num_slots(shard) * expert_weights(config, shard) if moves_experts else 0)
+    arrivals = num_slots(shard) * expert_weights(config, shard, dtype) if moves_experts else 0
     width = DTYPE_BYTES[compute_dtype(dtype)]
     kv_per_block = num_kv_elements(config, shard) * engine.block_size * width
     return RankMemory(
         rank=shard.rank,
-        weights=rank_weights(config, shard).num_bytes(dtype),
+        weights=rank_weights(config, shard, dtype).total,
         tables=engine.max_model_len * config.head_dim * width,
         kv_per_block=kv_per_block,
         gather_per_block=kv_per_block // len(shard.layers) if kind == "cpu" else 0,
-        activations=max(activation_bytes(config, shard, compute_dtype(dtype), engine, kind), arrivals.num_bytes(dtype)),
+        activations=max(activation_bytes(config, shard, compute_dtype(dtype), engine, kind), arrivals),
         reserve=reserve_bytes(shard, kind),
     )
 
 
-def rank_weights(config: ModelConfig, shard: Shard) -> Weights:
-    """All that a rank holds."""
+def rank_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) -> Weights:
+    """All that a rank holds, in bytes of `dtype`; None: in parameters, here and below."""
     copies = int(shard.is_first) + int(shard.is_last)
     if config.tie_word_embeddings and shard.num_stages == 1:
         copies = 1  # one stage embeds and heads with the same matrix; apart, each end holds its own copy
-    ends = copies * len(shard.vocab) * config.hidden_size
-    return layer_weights(config, shard) + Weights(ends=ends, rest=config.hidden_size if shard.is_last else 0)
+    ends = copies * len(shard.vocab) * vocab_row_size(config.hidden_size, dtype)
+    last_norm = config.hidden_size * unit_size(dtype) if shard.is_last else 0
+    return layer_weights(config, shard, dtype) + Weights(ends=ends, rest=last_norm)
 
 
-def layer_weights(config: ModelConfig, shard: Shard) -> Weights:
+def layer_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) -> Weights:
     """Of a rank's layers."""
     hidden, head_dim, num_layers = config.hidden_size, config.head_dim, len(shard.layers)
+    unit, row = unit_size(dtype), row_size(hidden, dtype)
     q, kv = len(shard.heads) * head_dim, len(shard.kv_heads) * head_dim
-    attention = 2 * hidden * (q + kv) + (q + 2 * kv if config.qkv_bias else 0)
+    biases = q + 2 * kv if config.qkv_bias else 0
     norms = 2 * hidden + (2 * head_dim if config.qk_norm else 0)
     num_sparse = num_sparse_layers(config, shard)
-    shared = 3 * hidden * len(shard.shared_intermediate)
     moe = config.moe
     router = hidden * (moe.num_experts + int(moe.shared_expert_intermediate_size > 0)) if moe else 0
     return Weights(
-        attention=num_layers * attention,
-        mlp=(num_layers - num_sparse) * 3 * hidden * len(shard.intermediate),
-        experts=num_sparse * num_slots(shard) * expert_weights(config, shard),
-        shared_experts=num_sparse * shared,
-        rest=num_layers * norms + num_sparse * router,
+        attention=num_layers * ((q + 2 * kv) * row + hidden * row_size(q, dtype) + biases * unit),
+        mlp=(num_layers - num_sparse) * mlp_weights(config, len(shard.intermediate), dtype),
+        experts=num_sparse * num_slots(shard) * expert_weights(config, shard, dtype),
+        shared_experts=num_sparse * mlp_weights(config, len(shard.shared_intermediate), dtype),
+        rest=(num_layers * norms + num_sparse * router) * unit,
     )
 
 
-def expert_weights(config: ModelConfig, shard: Shard) -> int:
+def mlp_weights(config: ModelConfig, inner: int, dtype: str | None = None) -> int:
+    """Of gate, up and down with `inner` in between."""
+    return 2 * inner * row_size(config.hidden_size, dtype) + config.hidden_size * row_size(inner, dtype)
+
+
+def expert_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) -> int:
     """Of one expert, what a rank holds of those in its slots."""
-    return 3 * config.hidden_size * len(shard.expert_intermediate)
+    return mlp_weights(config, len(shard.expert_intermediate), dtype)
 
 
 def num_slots(shard: Shard) -> int:
@@ -194,15 +230,15 @@ def _num_sparse(config: ModelConfig, layers: Span) -> int:
     return sum(map(config.is_sparse, layers))
 
 
-def copied_weights(config: ModelConfig, plan: ParallelPlan) -> Weights:
+def copied_weights(config: ModelConfig, plan: ParallelPlan, dtype: str | None = None) -> Weights:
     """What the ranks of one replica hold beyond one copy of the model."""
-    ranks = sum((rank_weights(config, shard) for shard in plan.shards(config)), Weights())
-    return ranks - model_weights(config)
+    ranks = sum((rank_weights(config, shard, dtype) for shard in plan.shards(config)), Weights())
+    return ranks - model_weights(config, dtype)
 
 
-def model_weights(config: ModelConfig) -> Weights:
+def model_weights(config: ModelConfig, dtype: str | None = None) -> Weights:
     """Of the checkpoint: what a rank alone would hold."""
-    return rank_weights(config, ParallelPlan.of(config).shard(config, 0))
+    return rank_weights(config, ParallelPlan.of(config).shard(config, 0), dtype)
 
 
 def num_kv_elements(config: ModelConfig, shard: Shard) -> int:

@@ -181,7 +181,7 @@ def _advice(report: PlanReport) -> Iterator[str]:
 def _smallest_that_fits(request: PlanRequest) -> Candidate | None:
     """On devices like the largest here: up to eight on a node, then nodes of eight."""
     node = request.hardware.nodes[0]
-    weights = model_weights(request.config).num_bytes(request.weight_dtype)
+    weights = model_weights(request.config, request.weight_dtype).total
     least = weights / (node.device.memory_bytes * request.memory_utilization)
     sizes = [(1, n) for n in range(1, GPUS_PER_NODE + 1)]
     sizes += [(2**i, GPUS_PER_NODE) for i in range(1, MAX_ADVISED_NODES.bit_length())]

@@ -104,7 +104,7 @@ def has_room_for_one_more(settings: Settings, spec: ReplicaSpec) -> bool:
 
 
 def served_model(model: ModelSettings, spec: ReplicaSpec) -> Model:
-    described = f"{spec.path} {spec.dtype} {spec.plan} {spec.engine}"
+    described = f"{spec.path} {spec.dtype} {spec.quantization} {spec.plan} {spec.engine}"
     return Model(
         name=spec.name,
         source=model.source,

@@ -73,16 +73,22 @@ class Worker:
     def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Build this rank's part of the model and fill it, and make its KV cache.
 
-        `on_progress` hears (bytes done, bytes in all). Holds at most the shard, the cache and one tensor. Raises
-        CheckpointError.
+        `on_progress` hears (bytes done, bytes in all), as they are read. Holds at most the shard, the cache and one
+        tensor. Raises CheckpointError.
         """
         self._use_threads()
         started = time.perf_counter()
         spec = self._spec
         model = build(
-            spec.config, self.shard, self._groups, self._device, self._dtype, max_len=spec.engine.max_model_len
+            spec.config,
+            self.shard,
+            self._groups,
+            self._device,
+            self._dtype,
+            max_len=spec.engine.max_model_len,
+            quantization=spec.quantization,
         )
-        total = sum(parameter.nbytes for parameter in model.parameters())
+        total = model.num_weights * self._dtype.itemsize
         done = 0
 
         def on_read(num_bytes: int) -> None:
@@ -103,6 +109,7 @@ class Worker:
         model.load(checkpoint)
         checkpoint.check_extra(self.shard.layers)
         give_back_memory()
+        weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._compiler = self._beside.submit(self._load_compiler)
         caches = [cache for attention in model.attentions for cache in attention.kv_cache]
         self._beside.submit(kv_cache.hold, caches, self._closed)
@@ -110,13 +117,15 @@ class Worker:
         self._runner = self._new_runner(model)
         self._stats = replace(
             self._stats,
-            weights_bytes=total,
+            weights_bytes=weights_bytes,
             kv_bytes=kv_bytes,
             bytes_read=self._stats.bytes_read + checkpoint.bytes_read,
             load_seconds=time.perf_counter() - started,
             num_loads=self._stats.num_loads + 1,
         )
-        logger.info("rank %d: %d MB of weights in %.1f s", self.shard.rank, total // 10**6, self._stats.load_seconds)
+        logger.info(
+            "rank %d: %d MB of weights in %.1f s", self.shard.rank, weights_bytes // 10**6, self._stats.load_seconds
+        )
 
     def _load_compiler(self) -> GrammarCompiler | None:
         """None on ranks that do not sample, and where there is no tokenizer: then no sequence may have a grammar."""

@@ -176,6 +176,25 @@ def test_a_prompt_that_is_too_long_ends_the_call_and_nothing_else(llm: LLM) -> N
     assert llm.stats()[0].num_running == 0
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_weights_are_few_and_answers_ignore_their_batch(
+    tmp_path: Path, dtype: str, quantization: str
+) -> None:
+    path = write_model(tmp_path, hidden_size=128, intermediate_size=320)
+    seen: list[tuple[int, int]] = []
+    options = {"dtype": dtype, "quantization": quantization, "kv_cache_memory": "1MiB", "max_num_seqs": 4}
+    prompts = ["abc", "Hello, world", "x" * 40]
+    with LLM(str(path), load_format="dummy", on_progress=lambda what, *part: seen.append(part), **options) as llm:
+        together = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+        assert [llm.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in prompts] == together
+        held = llm.stats()[1].weights_bytes
+    done, total = seen[-1]
+    assert done == total
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    assert held < total / itemsize * (1.1 if quantization == "int8" else 1.0)
+
+
 def test_closed_is_closed(tmp_path: Path) -> None:
     llm = LLM(str(write_model(tmp_path)), load_format="dummy", kv_cache_memory="1MiB", max_num_seqs=2)
     llm.close()

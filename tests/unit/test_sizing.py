@@ -15,14 +15,14 @@ from qwen_ray.planner.family import lookup
 from qwen_ray.planner.search import plan
 from qwen_ray.sizing import plan_request
 
-HARDWARE = Hardware.parse("1xcpu-256G")
 
-
-def asked(model: str, flags: dict[str, object], *, only_plan: bool = False) -> PlanRequest:
+def asked(
+    model: str, flags: dict[str, object], *, only_plan: bool = False, hardware: str = "1xcpu-256G"
+) -> PlanRequest:
     settings = load_settings(None, {"model": model, **flags}, {})
     config = lookup(model)
     assert config is not None
-    return plan_request(settings, settings.models[0], config, HARDWARE, dp=1, only_plan=only_plan)
+    return plan_request(settings, settings.models[0], config, Hardware.parse(hardware), dp=1, only_plan=only_plan)
 
 
 def test_wishes_about_experts_are_passed_on(tmp_path: Path) -> None:
@@ -44,6 +44,30 @@ def test_a_load_that_is_no_json_is_named(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(SettingsError, match=r"load\.json: is not JSON"):
         asked("Qwen/Qwen3-30B-A3B", {"expert-load": str(file)})
+
+
+def test_quantization_reaches_the_ranks() -> None:
+    request = asked("Qwen/Qwen2.5-0.5B-Instruct", {"quantization": "int8", "dtype": "float32"})
+    assert (request.weight_dtype, request.compute_dtype) == ("int8+float32", "float32")
+    spec = plan(request).require().replica_spec(name="m", path="/m")
+    assert (spec.quantization, spec.dtype) == ("int8", "float32")
+    plain = plan(asked("Qwen/Qwen2.5-0.5B-Instruct", {"dtype": "float32"})).require()
+    assert plain.replica_spec(name="m", path="/m").fingerprint != spec.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("model", "hardware", "flags", "reason"),
+    [
+        ("Qwen/Qwen3-8B", "1xH100-80G", {}, "is for CPUs, and there are GPUs"),
+        ("Qwen/Qwen3-8B", "1xcpu-64G", {"dtype": "fp8"}, "and dtype fp8 exclude each other"),
+        ("Qwen/Qwen3-30B-A3B", "1xcpu-256G", {}, "is for dense models"),
+    ],
+)
+def test_quantization_that_nothing_computes_is_refused(
+    model: str, hardware: str, flags: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(SettingsError, match=rf"models\.0\.quantization: int4 {reason}"):
+        asked(model, {"quantization": "int4", **flags}, only_plan=True, hardware=hardware)
 
 
 def test_fp8_is_only_planned_with() -> None:

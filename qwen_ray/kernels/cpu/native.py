@@ -42,7 +42,7 @@ class NativeKernels:
         self._dtype = dtype
         self._most_rows = AMX_ROWS if library.has_amx and dtype is torch.bfloat16 else None
         self._linear = library.function(f"linear_{suffix}", "pnpnppnnni")
-        self._linear_packed = library.function(f"linear_packed_{suffix}", "pnpnpippnnni")
+        self._linear_packed = library.function(f"linear_packed_{suffix}", "pnpnppippnnni")
         self._rms_norm = library.function(f"rms_norm_{suffix}", "pnpfpnnni", is_short=True)
         self._rotate = library.function(f"rotate_{suffix}", "pnpppnnni", is_short=True)
         self._silu_and_mul = library.function(f"silu_and_mul_{suffix}", "ppnni", is_short=True)
@@ -77,7 +77,7 @@ class NativeKernels:
         return out
 
     def linear_packed(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        """As `quantized.linear_packed`, with rows of x rounded to 8 bits."""
+        """As `quantized.linear_packed`, with rows of x rounded to 16 bits, or beside 4-bit weights to 8."""
         if x.dtype is not self._dtype:
             return quantized.linear_packed(x, weight, bias)
         if x.stride(1) != 1:
@@ -90,6 +90,7 @@ class NativeKernels:
             weight.values.data_ptr(),
             weight.values.shape[1],
             weight.scales.data_ptr(),
+            None if weight.least is None else weight.least.data_ptr(),
             weight.group,
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),

@@ -1,7 +1,8 @@
 // out = x w^T + bias with weights in 8 or 4 bits; see `quantized.py` for how they are packed.
 //
-// Activations are rounded to 8 bits first, each 64 of a row to a scale of their own; products are integers, exact, and
-// only sums of 64 meet the scales. Rows of weights and of x are as independent of each other as in `tile.h`.
+// Activations are rounded first: for weights in 8 bits to 16, each 512 of a row to a scale of their own, and multiplied
+// in two halves; for weights in 4 bits to 8, each 64 of a row. Products are integers, exact, and only sums of 512 or 64
+// meet the scales. Rows of weights and of x are as independent of each other as in `tile.h`.
 #include <memory>
 #include <vector>
 
@@ -13,7 +14,7 @@
 
 namespace {
 
-constexpr int GROUP = 64;                   // activations that share a scale: one register of bytes
+constexpr int GROUP = 64;                   // bytes of a register
 constexpr int64_t PIECE_BYTES = 64 << 10;   // of weights that a thread takes at a time
 constexpr int64_t MOST_ROWS = 256;          // of x that are rounded at once
 constexpr int64_t MANY_ROWS = 16;           // that are worth several threads for that
@@ -35,40 +36,96 @@ inline i32x16 multiply_add(i32x16 sum, u32x16 w, i32x16 x) {
 #endif
 }
 
-// Rows of x in 8 bits. `offset` is what the bytes of weights are too large by: its part of the sums is known beforehand.
-struct Rounded {
+// The scale of numbers that shall reach up to `limit`, of which `most` holds the largest sizes; NaN if `spoilt` is.
+struct Scale {
+    float value, inverse;
+
+    Scale(f32x16 most, f32x16 spoilt, float limit) {
+        float scale = largest(most) / limit;
+        inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        value = scale + sum(spoilt);
+    }
+};
+
+inline i32x16 nearest(f32x16 v) { return (i32x16)(v + 12582912.0f) - 0x4b400000; }
+
+// What the bytes of weights are too large by is known beforehand, and so is its part of the sums: `starts`.
+constexpr int OFFSET = 128;
+
+// Rows of x in 16 bits: 256 times a byte, and another.
+struct Rounded16 {
+    static constexpr int STEPS = 8, SIZE = STEPS * GROUP;
     struct alignas(64) Group {
-        int8_t values[GROUP];
-        int32_t starts[16];  // what its sums begin with
+        int8_t high[STEPS][GROUP], low[STEPS][GROUP];
+        int32_t starts[16];
+        float scale;
     };
     int64_t num_groups;
     std::unique_ptr<Group[]> groups;  // [rows, num_groups]
-    std::unique_ptr<float[]> scales;  // [rows, num_groups]
 
-    Rounded(int64_t num_rows, int64_t num_groups)
-        : num_groups(num_groups),
-          groups(new Group[num_rows * num_groups]),
-          scales(new float[num_rows * num_groups]) {}
+    Rounded16(int64_t num_rows, int64_t num_steps, int64_t)
+        : num_groups((num_steps + STEPS - 1) / STEPS), groups(new Group[num_rows * num_groups]) {}
 
     template <class T>
-    void take(int64_t row, const T* from, int64_t size, int offset) {
+    void take(int64_t row, const T* from, int64_t size) {
         for (int64_t g = 0; g < num_groups; ++g) {
-            f32x16 v[4], most{}, other{};
+            constexpr int VECTORS = SIZE / 16;
+            f32x16 v[VECTORS], most{}, spoilt{};
+            for (int i = 0; i < VECTORS; ++i) {
+                v[i] = load_up_to_16(from + g * SIZE + 16 * i, size - g * SIZE - 16 * i);
+                most = larger(larger(most, v[i]), -v[i]);
+                spoilt += v[i] - v[i];  // 0, or NaN where one is not finite
+            }
+            Scale scale(most, spoilt, 127.0f * 256.0f);
+            Group& to = groups[row * num_groups + g];
+            i32x16 total{};
+            for (int i = 0; i < VECTORS; ++i) {
+                i32x16 whole = nearest(v[i] * scale.inverse), low = (whole << 24) >> 24;
+                save(to.high[0] + 16 * i, __builtin_convertvector((whole - low) >> 8, i8x16));
+                save(to.low[0] + 16 * i, __builtin_convertvector(low, i8x16));
+                total += whole;
+            }
+            save(to.starts, total * -OFFSET);
+            to.scale = scale.value;
+        }
+    }
+};
+
+// Rows of x in 8 bits, and the totals of what meets a group of weights.
+struct Rounded8 {
+    struct alignas(64) Group {
+        int8_t values[GROUP];
+    };
+    int64_t num_groups, num_totals, total_size;
+    std::unique_ptr<Group[]> groups;   // [rows, num_groups]
+    std::unique_ptr<float[]> scales;   // [rows, num_groups]
+    std::unique_ptr<float[]> totals;   // [rows, num_totals rounded up to 16]
+
+    Rounded8(int64_t num_rows, int64_t num_steps, int64_t total_size)
+        : num_groups(num_steps),
+          num_totals((num_steps * GROUP / total_size + 15) / 16 * 16),
+          total_size(total_size),
+          groups(new Group[num_rows * num_groups]),
+          scales(new float[num_rows * num_groups]),
+          totals(new float[num_rows * num_totals]()) {}
+
+    template <class T>
+    void take(int64_t row, const T* from, int64_t size) {
+        for (int64_t g = 0; g < num_groups; ++g) {
+            f32x16 v[4], most{}, spoilt{};
             for (int i = 0; i < 4; ++i) {
                 v[i] = load_up_to_16(from + g * GROUP + 16 * i, size - g * GROUP - 16 * i);
                 most = larger(larger(most, v[i]), -v[i]);
-                other += v[i] - v[i];  // 0, or NaN where one is not finite
+                spoilt += v[i] - v[i];
             }
-            float scale = largest(most) / 127.0f;
-            float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-            Group& to = groups[row * num_groups + g];
+            Scale scale(most, spoilt, 127.0f);
             for (int i = 0; i < 4; ++i) {
-                i32x16 whole = (i32x16)(v[i] * inverse + 12582912.0f) - 0x4b400000;  // to the nearest
-                save(to.values + 16 * i, __builtin_convertvector(whole, i8x16));
+                i32x16 whole = nearest(v[i] * scale.inverse);
+                save(groups[row * num_groups + g].values + 16 * i, __builtin_convertvector(whole, i8x16));
+                totals[row * num_totals + (g * GROUP + 16 * i) / total_size] +=
+                    sum(__builtin_convertvector(whole, f32x16)) * scale.value;
             }
-            scales[row * num_groups + g] = scale + sum(other);
-            i32x16 added = multiply_add(i32x16{}, u32x16{} + 0x01010101u, load<i32x16>(to.values));
-            save(to.starts, added * -offset);
+            scales[row * num_groups + g] = scale.value;
         }
     }
 };
@@ -77,6 +134,7 @@ struct Weights {
     const uint8_t* values;
     int64_t row_bytes;
     const void* scales;
+    const bf16* least;
     int group;  // 0: 8 bits
 
     // Scales of 128 weights of a row in 4 bits, for the lanes of their first and of their second 64.
@@ -95,106 +153,150 @@ struct Weights {
 };
 
 // Lane c * R + r: row first + r of the weights times row column + c of x.
-template <int BITS, int R, int C>
-[[gnu::noinline]] f32x16 tile(const Weights& w, int64_t first, const Rounded& x, int64_t column, int64_t ahead) {
+template <int R, int C>
+[[gnu::noinline]] f32x16 tile(const Weights& w, int64_t first, const Rounded16& x, int64_t column, int64_t ahead) {
+    f32x16 sums[R * C] = {};
+    const uint8_t* rows = w.values + first * w.row_bytes;
+    for (int64_t g = 0, left = w.row_bytes / GROUP; g < x.num_groups; ++g, left -= Rounded16::STEPS) {
+        const Rounded16::Group* groups[C];
+        for (int c = 0; c < C; ++c) groups[c] = &x.groups[(column + c) * x.num_groups + g];
+        i32x16 whole[R * C] = {};
+        int steps = left < Rounded16::STEPS ? left : Rounded16::STEPS;
+        auto add = [&](auto half, int k) __attribute__((always_inline)) {
+            u32x16 a[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const uint8_t* at = rows + r * w.row_bytes + (g * Rounded16::STEPS + k) * GROUP;
+                if (!half) __builtin_prefetch(at + ahead);
+                a[r] = load<u32x16>(at);
+            }
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
+                i32x16 b = load<i32x16>(half ? groups[c]->low[k] : groups[c]->high[k]);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) whole[c * R + r] = multiply_add(whole[c * R + r], a[r], b);
+            }
+        };
+        for (int k = 0; k < steps; ++k) add(std::false_type{}, k);
+#pragma GCC unroll 16
+        for (int i = 0; i < R * C; ++i) whole[i] <<= 8;
+        for (int k = 0; k < steps; ++k) add(std::true_type{}, k);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            i32x16 start = load<i32x16>(groups[c]->starts);
+            f32x16 scale = fill(groups[c]->scale);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r)
+                sums[c * R + r] += __builtin_convertvector(whole[c * R + r] + start, f32x16) * scale;
+        }
+    }
+    return add_lanes<R * C>(sums);
+}
+
+template <int R, int C>
+[[gnu::noinline]] f32x16 tile(const Weights& w, int64_t first, const Rounded8& x, int64_t column, int64_t ahead) {
     f32x16 sums[R * C] = {};
     const uint8_t* rows = w.values + first * w.row_bytes;
     int64_t from = column * x.num_groups;
-    constexpr int HALVES = BITS == 4 ? 2 : 1;
-    for (int64_t block = 0; block < x.num_groups / HALVES; ++block) {
-        u32x16 a[R][HALVES];
+    for (int64_t block = 0; block < x.num_groups / 2; ++block) {
+        u32x16 a[R][2];
         f32x16 scales[R][2];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const uint8_t* at = rows + r * w.row_bytes + block * 64;
             __builtin_prefetch(at + ahead);
             u32x16 bytes = load<u32x16>(at);
-            if constexpr (BITS == 4) {
-                a[r][0] = bytes & 0x0f0f0f0fu;
-                a[r][1] = (bytes >> 4) & 0x0f0f0f0fu;
-                w.scales_of(first + r, block, scales[r]);
-            } else {
-                a[r][0] = bytes;
-            }
+            a[r][0] = bytes & 0x0f0f0f0fu;
+            a[r][1] = (bytes >> 4) & 0x0f0f0f0fu;
+            w.scales_of(first + r, block, scales[r]);
         }
 #pragma GCC unroll 2
-        for (int half = 0; half < HALVES; ++half)
+        for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
-                int64_t g = from + c * x.num_groups + block * HALVES + half;
-                i32x16 b = load<i32x16>(x.groups[g].values), start = load<i32x16>(x.groups[g].starts);
+                int64_t g = from + c * x.num_groups + block * 2 + half;
+                i32x16 b = load<i32x16>(x.groups[g].values);
                 f32x16 scale = fill(x.scales[g]);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
-                    f32x16 v = __builtin_convertvector(multiply_add(start, a[r][half], b), f32x16);
-                    sums[c * R + r] += v * (BITS == 4 ? scale * scales[r][half] : scale);
+                    f32x16 v = __builtin_convertvector(multiply_add(i32x16{}, a[r][half], b), f32x16);
+                    sums[c * R + r] += v * (scale * scales[r][half]);
                 }
             }
     }
+    int64_t num_least = w.row_bytes * 2 / w.group;
+    for (int64_t g = 0; g < num_least; g += 16)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            f32x16 least = load_up_to_16(w.least + (first + r) * num_least + g, num_least - g);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c)
+                sums[c * R + r] += least * load<f32x16>(x.totals.get() + (column + c) * x.num_totals + g);
+        }
     return add_lanes<R * C>(sums);
 }
 
-template <int BITS, int R>
-inline f32x16 tile_of(int width, const Weights& w, int64_t first, const Rounded& x, int64_t column, int64_t ahead) {
+template <int R, class X>
+inline f32x16 tile_of(int width, const Weights& w, int64_t first, const X& x, int64_t column, int64_t ahead) {
     if constexpr (COLUMNS == 4) {
-        if (width == 4) return tile<BITS, R, 4>(w, first, x, column, ahead);
-        if (width == 3) return tile<BITS, R, 3>(w, first, x, column, ahead);
+        if (width == 4) return tile<R, 4>(w, first, x, column, ahead);
+        if (width == 3) return tile<R, 3>(w, first, x, column, ahead);
     }
-    return width == 2 ? tile<BITS, R, 2>(w, first, x, column, ahead) : tile<BITS, R, 1>(w, first, x, column, ahead);
+    return width == 2 ? tile<R, 2>(w, first, x, column, ahead) : tile<R, 1>(w, first, x, column, ahead);
 }
 
-template <int BITS, int N, class T>
-inline void rows(const Weights& w, int64_t row, const Rounded& x, int64_t num_columns, const T* bias, T* out,
+template <int N, class X, class T>
+inline void rows(const Weights& w, int64_t row, const X& x, int64_t num_columns, const T* bias, T* out,
                  int64_t out_size) {
     for (int64_t c = 0; c < num_columns; c += COLUMNS) {
         int width = num_columns - c < COLUMNS ? num_columns - c : COLUMNS;
-        f32x16 v = tile_of<BITS, N>(width, w, row, x, c, c == 0 ? ROWS * w.row_bytes : 0);
-        if (BITS == 8) v *= gather<float, N>(width, [&](int) { return (const float*)w.scales + row; });
+        f32x16 v = tile_of<N>(width, w, row, x, c, c == 0 ? ROWS * w.row_bytes : 0);
+        if (!w.group) v *= gather<float, N>(width, [&](int) { return (const float*)w.scales + row; });
         if (bias) v += gather<T, N>(width, [&](int) { return bias + row; });
         scatter<T, N>(v, width, [&](int j) { return out + (c + j) * out_size + row; });
     }
 }
 
-template <int BITS, class T>
+template <class X, class T>
 void linear(const T* x, int64_t x_stride, const Weights& w, const T* bias, T* out, int64_t num_rows, int64_t out_size,
             int64_t size, int num_threads) {
-    int64_t num_groups = w.row_bytes * (8 / BITS) / GROUP;
+    int64_t num_steps = w.row_bytes * (w.group ? 2 : 1) / GROUP;
     int64_t piece = PIECE_BYTES / (w.row_bytes + 1) / ROWS * ROWS;
     piece = piece < ROWS ? ROWS : piece;
     int64_t num_pieces = (out_size + piece - 1) / piece;
     for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
         int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
-        Rounded own(count, num_groups);
+        X own(count, num_steps, w.group);
 #pragma omp parallel for num_threads(num_threads) if (count > MANY_ROWS)
-        for (int64_t c = 0; c < count; ++c) own.take(c, x + (begin + c) * x_stride, size, BITS == 8 ? 128 : 8);
+        for (int64_t c = 0; c < count; ++c) own.take(c, x + (begin + c) * x_stride, size);
         T* to = out + begin * out_size;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_pieces > 1)
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t r = p * piece, end = r + piece < out_size ? r + piece : out_size;
-            for (; r + ROWS <= end; r += ROWS) rows<BITS, ROWS>(w, r, own, count, bias, to, out_size);
-            for (; r < end; ++r) rows<BITS, 1>(w, r, own, count, bias, to, out_size);
+            for (; r + ROWS <= end; r += ROWS) rows<ROWS>(w, r, own, count, bias, to, out_size);
+            for (; r < end; ++r) rows<1>(w, r, own, count, bias, to, out_size);
         }
     }
 }
 
 template <class T>
 void linear_packed(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes, const void* scales,
-                   int group, const T* bias, T* out, int64_t num_rows, int64_t out_size, int64_t size,
+                   const bf16* least, int group, const T* bias, T* out, int64_t num_rows, int64_t out_size, int64_t size,
                    int num_threads) {
-    Weights w{values, row_bytes, scales, group};
+    Weights w{values, row_bytes, scales, least, group};
     if (group)
-        linear<4>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
+        linear<Rounded8>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
     else
-        linear<8>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
+        linear<Rounded16>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
 }
 
 }  // namespace
 
 #define EXPORT(T, SUFFIX)                                                                                              \
     extern "C" void linear_packed_##SUFFIX(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes,     \
-                                           const void* scales, int group, const T* bias, T* out, int64_t num_rows,     \
-                                           int64_t out_size, int64_t size, int num_threads) {                          \
-        linear_packed(x, x_stride, values, row_bytes, scales, group, bias, out, num_rows, out_size, size,              \
+                                           const void* scales, const bf16* least, int group, const T* bias, T* out,    \
+                                           int64_t num_rows, int64_t out_size, int64_t size, int num_threads) {        \
+        linear_packed(x, x_stride, values, row_bytes, scales, least, group, bias, out, num_rows, out_size, size,       \
                       num_threads);                                                                                    \
     }
 EXPORT(float, f32)

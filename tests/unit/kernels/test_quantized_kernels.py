@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
-from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, quantize_int4, quantize_int8
+from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, make_room, quantize
 from qwen_ray.kernels.registry import REFERENCE, Kernels
 
 LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
@@ -22,14 +22,14 @@ def matrix(out_size: int, size: int) -> torch.Tensor:
 
 
 def pack(weight: torch.Tensor, kind: int) -> PackedWeight:
-    return quantize_int4(weight, kind) if kind else quantize_int8(weight)
+    return quantize(weight, 4, kind) if kind else quantize(weight, 8)
 
 
 @given(shape=sizes)
 @settings(max_examples=20, deadline=None)
 def test_8_bits_move_a_weight_by_half_a_step(shape: tuple[int, int]) -> None:
     weight = matrix(*shape)
-    packed = quantize_int8(weight)
+    packed = quantize(weight, 8)
     assert packed.values.shape[1] % 64 == 0
     assert ((dequantize(packed) - weight).abs() <= packed.scales[:, None] * 0.5001).all()
     assert torch.equal(packed.scales, weight.abs().amax(-1) / 127)
@@ -38,21 +38,20 @@ def test_8_bits_move_a_weight_by_half_a_step(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 @given(shape=sizes)
 @settings(max_examples=20, deadline=None)
-def test_4_bits_move_a_weight_by_half_a_step_or_cut_it(group: int, shape: tuple[int, int]) -> None:
+def test_4_bits_move_a_weight_by_half_a_step(group: int, shape: tuple[int, int]) -> None:
     weight = matrix(*shape)
-    packed = quantize_int4(weight, group)
+    packed = quantize(weight, 4, group)
     assert packed.values.shape[1] * 2 % 128 == 0
-    scales = packed.scales.float().abs().repeat_interleave(group, dim=1)[:, : shape[1]]
-    moved = (dequantize(packed) - weight).abs()
-    assert (moved <= scales * 1.05).all()  # the scale is rounded, too
-    is_inside = weight.abs() <= 7.5 * scales
-    assert (moved[is_inside] <= scales[is_inside] * 0.5001).all()
+    scales = packed.scales.float().repeat_interleave(group, dim=1)[:, : shape[1]]
+    # The least weight and the scale of a group are rounded, too: by a 256th part.
+    slack = weight.abs().amax(dim=1, keepdim=True) / 128
+    assert ((dequantize(packed) - weight).abs() <= scales / 2 + slack).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_can_be_said_exactly_is_kept(kind: int) -> None:
-    whole = torch.randint(-7, 8, (5, 300), generator=torch.Generator().manual_seed(0)).float()
-    whole[:, ::32] = 127 if kind == 0 else -8
+    whole = torch.randint(-7, 8, (5, 320), generator=torch.Generator().manual_seed(0)).float()
+    whole[:, ::32], whole[:, 1::32] = 127 if kind == 0 else -8, 7
     assert torch.equal(dequantize(pack(whole, kind)), whole)
     zeros = torch.zeros(3, 70)
     assert torch.equal(dequantize(pack(zeros, kind)), zeros)
@@ -60,13 +59,13 @@ def test_what_can_be_said_exactly_is_kept(kind: int) -> None:
 
 def test_bytes_are_few() -> None:
     weight = matrix(64, 1024)
-    assert quantize_int8(weight).num_bytes == 64 * 1024 + 64 * 4
-    assert quantize_int4(weight, 64).num_bytes == 64 * 512 + 64 * 16 * 2
+    assert quantize(weight, 8).num_bytes == 64 * 1024 + 64 * 4
+    assert quantize(weight, 4, 64).num_bytes == 64 * 512 + 64 * 16 * 4
 
 
 def test_other_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="group is 48; it must be one of 32, 64, 128"):
-        quantize_int4(matrix(2, 96), 48)
+        make_room(4, 2, 96, 48)
 
 
 @pytest.mark.parametrize("library", [None, *LIBRARIES], ids=NAMES)
@@ -79,9 +78,9 @@ def test_products(library: Library | None, kind: int, shape: tuple[int, int], nu
     bias = matrix(1, shape[0])[0] if has_bias else None
     kernel = Kernels.on_cpu(library, torch.float32).linear_packed
     got = kernel(x, packed, bias)
-    # An activation moves by half of its group's 127th part; such errors add up as those of a random walk do.
+    # An activation moves by half of its group's 127th (32,512th) part; such errors add up as those of a random walk do.
     wide = dequantize(packed)
-    bound = x.abs().amax(-1, keepdim=True) / 254 * wide.norm(dim=1) * 3 + 1e-4 if num_rows else 0
+    bound = x.abs().amax(-1, keepdim=True) / (254 if kind else 65024) * wide.norm(dim=1) * 3 + 1e-4 if num_rows else 0
     assert ((got - REFERENCE.linear_packed(x, packed, bias)).abs() <= bound).all()
     if library is not None:
         for i in range(num_rows):

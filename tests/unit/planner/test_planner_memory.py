@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig, MoeConfig, RopeConfig
+from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig, MoeConfig, Quantization, RopeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan
 from qwen_ray.models.registry import build
 from qwen_ray.planner.experts import balance, even_slots
@@ -18,6 +18,8 @@ from qwen_ray.planner.family import FAMILY, lookup
 from qwen_ray.planner.memory import copied_weights, model_weights, num_kv_elements, rank_memory, rank_weights
 
 ENGINE = EngineConfig(num_blocks=0, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64)
+
+QUANTIZATIONS: list[Quantization] = ["none", "int8", "int4"]
 
 
 def known(name: str) -> ModelConfig:
@@ -159,7 +161,7 @@ def test_ranks_add_up_to_the_checkpoint_of_every_mixture(name: str, dtype: str) 
         held = sum(rank_memory(config, s, dtype, ENGINE, "cuda").weights for s in plan.shards(config))
         copied = copied_weights(config, plan)
         assert copied.total == copied_by_hand(config, plan)
-        assert held - copied.num_bytes(dtype) == pytest.approx(checkpoint, rel=0.01)
+        assert held - copied_weights(config, plan, dtype).total == pytest.approx(checkpoint, rel=0.01)
 
 
 def known_experts(config: ModelConfig) -> int:
@@ -172,14 +174,32 @@ def known_experts(config: ModelConfig) -> int:
 def test_the_layers_hold_what_is_said(config: ModelConfig, data: st.DataObject) -> None:
     plan = draw_plan(data, config, max_tp=min(4, config.num_attention_heads))
     dtype = data.draw(st.sampled_from(["float32", "bfloat16"]), label="dtype")
+    quantization = "none" if config.moe else data.draw(st.sampled_from(QUANTIZATIONS), label="quantization")
+    weight_dtype = dtype if quantization == "none" else f"{quantization}+{dtype}"
     tensor, stage_group = (SimpleNamespace(size=n, all_reduce=None, gather=None) for n in (plan.tp, plan.stage_size))
     groups: Any = SimpleNamespace(tensor=tensor, stage=stage_group)
     for shard in plan.shards(config):
-        stage = build(config, shard, groups, torch.device("cpu"), getattr(torch, dtype), max_len=256)
-        memory = rank_memory(config, shard, dtype, ENGINE, "cpu")
+        compute: torch.dtype = getattr(torch, dtype)
+        stage = build(config, shard, groups, torch.device("cpu"), compute, max_len=256, quantization=quantization)
+        memory = rank_memory(config, shard, weight_dtype, ENGINE, "cpu")
         assert memory.weights + memory.tables == stage.num_bytes
         per_token = sum(2 * a.num_kv_heads * a.head_dim for a in stage.attentions) * DTYPE_BYTES[dtype]
         assert memory.kv_per_block == per_token * ENGINE.block_size
+
+
+def test_weights_of_qwen2_5_0_5b_in_8_and_4_bits() -> None:
+    config = known("Qwen/Qwen2.5-0.5B-Instruct")
+    shard = ParallelPlan.of(config).shard(config, 0)
+    # A layer has 1,152 rows of q, k and v and 2 * 4,864 of gate and up, 896 long; 896 rows of o, 896 long, and of down,
+    # 4,864 long. Each row has a scale of 4 bytes, or 4 bytes for each 32 weights. All are multiples of 128.
+    # Biases 1,152 and norms 1,792 of a layer, and a norm of 896, are bfloat16; 151,936 rows of the embedding are int8.
+    rest = 24 * 2 * (1_152 + 1_792) + 2 * 896 + 151_936 * (896 + 4)
+    rows, long_rows = 1_152 + 2 * 4_864 + 896, 896
+    in_int8 = 24 * (rows * (896 + 4) + long_rows * (4_864 + 4)) + rest
+    assert rank_memory(config, shard, "int8+bfloat16", ENGINE, "cpu").weights == in_int8
+    in_int4 = 24 * (rows * (448 + 112) + long_rows * (2_432 + 608)) + rest
+    assert rank_memory(config, shard, "int4+bfloat16", ENGINE, "cpu").weights == in_int4
+    assert rank_memory(config, shard, "int4+bfloat16", ENGINE, "cpu").kv_per_block == 16 * 24 * 2 * 128 * 2
 
 
 def test_what_is_held_between_steps_and_at_most() -> None:

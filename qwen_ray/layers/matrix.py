@@ -1,0 +1,60 @@
+"""A matrix on this rank: as the checkpoint has it, or rounded to 8 or 4 bits while it is read.
+
+Knows how it is held, filled and multiplied, and which matrices get how many bits. What its rows and columns are, and
+where the others lie, is said by what inherits from it. Every rank rounds its own part by itself, always alike: groups
+of 4-bit weights begin with the part's first column.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwen_ray.kernels import quantized
+from qwen_ray.layers.site import Site, weight
+
+
+def layer_bits(site: Site) -> int | None:
+    """Of a layer's projections."""
+    return {"none": None, "int8": 8, "int4": 4}[site.quantization]
+
+
+def vocab_bits(site: Site) -> int | None:
+    """Of embedding and head, which lose most by being rounded."""
+    return None if site.quantization == "none" else 8
+
+
+class Matrix(nn.Module):
+    """[out, in]: `weight`, or where `bits` is not None what `packed` says, whose tensors are the parameters."""
+
+    def __init__(self, site: Site, out_size: int, in_size: int, bits: int | None) -> None:
+        super().__init__()
+        self._linear = site.kernels.linear
+        self._linear_packed = site.kernels.linear_packed
+        self._dtype = site.dtype
+        self.packed = None if bits is None else quantized.make_room(bits, out_size, in_size)
+        self.weight = weight(site, out_size, in_size) if bits is None else None
+        tensors = () if self.packed is None else self.packed.tensors
+        self.parts = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, in] to [T, out]."""
+        if self.packed is not None:
+            return self._linear_packed(x, self.packed, bias)
+        assert self.weight is not None, "either packed or not"
+        return self._linear(x, self.weight, bias)
+
+    def look_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """[T] to [T, in]."""
+        if self.packed is not None:
+            return quantized.look_up(self.packed, rows).to(self._dtype)
+        assert self.weight is not None, "either packed or not"
+        return F.embedding(rows, self.weight)
+
+    def take(self, start: int, part: torch.Tensor) -> None:
+        """`part` [n, in] becomes the rows from `start` on."""
+        if self.packed is not None:
+            quantized.store(self.packed, start, part)
+        elif self.weight is not None:
+            self.weight[start : start + part.shape[0]].copy_(part)
