@@ -1,27 +1,18 @@
 """The server process behind `qwen-ray serve`: Ray, Serve and the application, until it is told to stop.
 
-    python -m qwen_ray.serving.launch        settings (JSON, one line) on stdin; events (JSON lines) on stdout
+    python -m qwen_ray.serving.launch        as `child.py` says
 
-Whoever started it keeps stdin open: its end, like SIGTERM, means stop. Events are `{"event": NAME, ...}`: `ray`,
-`serve`, `ready`, `error` (with `message` and `exit_code`). A process of its own, so that Ray's settings can be made
-before Ray is imported, and so that whoever started it can end everything whatever state this one is in.
+Its events are `ray`, `serve`, `ready` and `error`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import signal
-import sys
 import threading
 import time
-from types import FrameType
-from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayTaskError
 from ray.serve.schema import ApplicationStatusOverview
 
 from qwen_ray.cluster.inventory import hardware
@@ -30,10 +21,8 @@ from qwen_ray.core import errors
 from qwen_ray.core.errors import QwenRayError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.serving.app import APP, build
+from qwen_ray.serving.child import stop_with_sigterm, supervised, tell
 from qwen_ray.serving.environment import KEEP_ALIVE_SECONDS
-from qwen_ray.serving.logs import handler
-
-logger = logging.getLogger(__name__)
 
 # No tensor of ours goes through Ray's object store.
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -49,32 +38,14 @@ class DeployFailed(QwenRayError):
 
 
 def main() -> None:
-    settings = Settings.from_dict(json.loads(sys.stdin.readline()))
-    logging.basicConfig(level=settings.observability.log_level.upper(), handlers=[handler("server")])
-    threading.Thread(target=_stop_with_stdin, daemon=True).start()
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_code = 0
-    try:
-        run(settings)
-    except QwenRayError as error:
-        exit_code = error.exit_code
-        tell("error", message=str(error), exit_code=exit_code)
-    except Exception as error:
-        logger.exception("the server failed")
-        exit_code = 1
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        tell("error", message=f"{type(cause).__name__}: {cause}", exit_code=exit_code)
-    finally:
-        stop(settings)
-    sys.exit(exit_code)
+    supervised("server", run, stop)
 
 
 def run(settings: Settings) -> None:
     """Bring everything up, say so, and wait for the end. Raises QwenRayError, or what Ray raises."""
     start_ray(settings)
     tell("ray", address=ray.get_runtime_context().gcs_address)
-    signal.signal(signal.SIGTERM, _stop)  # Ray has put its own in place of ours
+    stop_with_sigterm()
     application = build(settings)
     http = serve.HTTPOptions(host=settings.http.host, port=settings.http.port, keep_alive_timeout_s=KEEP_ALIVE_SECONDS)
     serve.start(http_options=http)
@@ -117,7 +88,6 @@ def _cause(application: ApplicationStatusOverview) -> DeployFailed | None:
 
 def stop(settings: Settings) -> None:
     """End what was started here: the whole of a local Ray, or the application on a cluster that stays."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not ray.is_initialized():
         return
     if settings.ray_address:
@@ -138,21 +108,6 @@ def cluster_hardware(address: str) -> Hardware:
         return hardware()
     finally:
         ray.shutdown()
-
-
-def tell(event: str, **details: Any) -> None:
-    sys.stdout.write(json.dumps({"event": event, **details}) + "\n")
-    sys.stdout.flush()
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)
-
-
-def _stop_with_stdin() -> None:
-    while sys.stdin.buffer.read(4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
