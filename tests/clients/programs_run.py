@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 SECONDS = 900
 # Nothing is fetched from a hub, and nobody is told of anything.
@@ -16,10 +17,11 @@ ENVIRONMENT = {
 }
 
 
-def run(*command: str) -> str:
+def run(*command: str, cwd: Path | None = None) -> str:
     """What it says."""
+    environment = {**os.environ, **ENVIRONMENT}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS, check=False, env={**os.environ, **ENVIRONMENT}
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment, cwd=cwd
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     return done.stdout

@@ -53,6 +53,7 @@ def fuzz(url: str, *, seed: int, folder: Path) -> int:
         *("run", f"{url}/openapi.json", "--checks", CHECKS, "--max-examples", str(EXAMPLES), "--seed", str(seed)),
         *("--phases", "coverage,fuzzing", "--request-timeout", str(REQUEST_SECONDS), "--continue-on-failure"),
         *("--suppress-health-check", "all", "--no-shrink", "--report-dir", str(folder)),
+        cwd=folder,  # it keeps notes where it runs
     )
     found = re.search(r"([\d,]+) generated", said)
     assert found is not None, said
