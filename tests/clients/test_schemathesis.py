@@ -16,7 +16,7 @@ from qwen_ray.commands.process_tree import descendants
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 NUM_REQUESTS = 2000
-EXAMPLES = 120  # of an operation, beside those that every run makes
+EXAMPLES = 40  # of an operation, beside those that every run makes
 REQUEST_SECONDS = 60
 GROWTH = 0.05  # of a process, while the second half runs
 GROWTH_BYTES = 16 * 2**20  # or so much
