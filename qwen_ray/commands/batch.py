@@ -36,7 +36,7 @@ def run_batch(settings: Settings, source: Path, target: Path, concurrency: int) 
         plan(plan_request(settings, settings.models[0], config, this_machine(), dp=concurrency)).require()
     command = [sys.executable, "-m", "qwen_ray.serving.batch", str(source), str(target), str(concurrency)]
     environment = {**ENVIRONMENT, **({} if settings.ray_address else ALONE)}
-    with signals_raise(), log_file(settings, "batch") as log:
+    with signals_raise(), log_file(settings, f"batch-{target.stem}") as log:
         child = process_tree.start(command, environment, log, without=(API_KEY_VARIABLE,))
         try:
             events = talk(child, settings)

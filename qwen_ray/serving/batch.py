@@ -103,7 +103,8 @@ def _execute(settings: Settings, left: list[BatchLine], answers: Answers, *, tot
     num_lines = min(MAX_LINES, max(1, len(left) // (FEWEST_CALLS * concurrency)))
     # Twice what an engine runs at once: a call ends with its slowest line.
     num_calls = min(MAX_CALLS, math.ceil(2 * spec.engine.max_num_seqs * spec.plan.dp_attention / num_lines))
-    items = [{"custom_id": request.custom_id, "line": request.text} for request in left]
+    items = [{"number": request.number, "line": request.text} for request in left]
+    custom_ids = {request.number: request.custom_id for request in left}
     dataset = ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / num_lines)).map_batches(
         BatchEngine,
         fn_constructor_args=(settings, model, spec),
@@ -119,7 +120,7 @@ def _execute(settings: Settings, left: list[BatchLine], answers: Answers, *, tot
         ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        answers.add(dict(zip(map(str, block["custom_id"]), map(str, block["line"]), strict=True)))
+        answers.add({custom_ids[int(n)]: str(line) for n, line in zip(block["number"], block["line"], strict=True)})
         tell("progress", done=len(answers.custom_ids), total=total)
 
 

@@ -36,15 +36,14 @@ class BatchEngine:
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
         self._started = asyncio.run_coroutine_threadsafe(self._start(settings, model, spec), self._loop)
 
-    def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, list[str]]:
-        """Columns of requests to columns of answers: `custom_id` and `line` each."""
+    def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        """`number` of requests and their `line`, to the same numbers and the lines of their answers."""
         self._started.result()
-        pairs = zip(map(str, batch["custom_id"]), map(str, batch["line"]), strict=True)
-        lines = asyncio.run_coroutine_threadsafe(self._answer_all(pairs), self._loop).result()
-        return {"custom_id": [str(one) for one in batch["custom_id"]], "line": lines}
+        lines = asyncio.run_coroutine_threadsafe(self._answer_all(batch["line"]), self._loop).result()
+        return {"number": batch["number"], "line": lines}
 
-    async def _answer_all(self, pairs: Iterable[tuple[str, str]]) -> list[str]:
-        return await asyncio.gather(*(answer(self._app, *pair, self._replica.check_health) for pair in pairs))
+    async def _answer_all(self, texts: Iterable[Any]) -> list[str]:
+        return await asyncio.gather(*(answer(self._app, str(text), self._replica.check_health) for text in texts))
 
     async def _start(self, settings: Settings, model: Model, spec: ReplicaSpec) -> None:
         name = f"batch-{uuid.uuid4().hex[:8]}"

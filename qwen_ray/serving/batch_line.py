@@ -36,7 +36,7 @@ URLS = [
 
 
 async def answer(
-    app: FastAPI, custom_id: str, text: str, check_health: Callable[[], Awaitable[None]], *, pause: float = BUSY_SECONDS
+    app: FastAPI, text: str, check_health: Callable[[], Awaitable[None]], *, pause: float = BUSY_SECONDS
 ) -> str:
     """The line of the output. Raises what `check_health` raises when nobody is there to answer."""
     line = json.loads(text)
@@ -53,7 +53,7 @@ async def answer(
             await check_health()
             await asyncio.sleep(pause)
             status, body = await post(app, line["url"], data, request_id)
-    return answer_line(custom_id, {"status_code": status, "request_id": request_id, "body": body})
+    return answer_line(line["custom_id"], {"status_code": status, "request_id": request_id, "body": body})
 
 
 def check_line(line: dict[str, Any]) -> None:

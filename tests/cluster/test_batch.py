@@ -20,7 +20,7 @@ from tiny_model import write_tiny_model
 from qwen_ray.commands.process_tree import descendants
 
 NUM_REQUESTS = 500
-SECONDS = 300
+SECONDS = 900
 BAD = {3: {"temperature": -1}, 77: {"model": "other"}}
 
 

@@ -23,7 +23,7 @@ async def is_well() -> None:
 
 async def ask(app: FastAPI, **line: Any) -> dict[str, Any]:
     asked = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": COMPLETION, **line}
-    answered = json.loads(await answer(app, "a", json.dumps(asked), is_well, pause=0.01))
+    answered = json.loads(await answer(app, json.dumps(asked), is_well, pause=0.01))
     assert answered["custom_id"] == "a"
     assert answered["error"] is None
     assert answered["id"].startswith("batch_req_")
@@ -87,7 +87,7 @@ async def test_nobody_being_there_is_no_answer() -> None:
 
     line = json.dumps({"method": "POST", "url": "/v1/completions", "body": {}})
     with pytest.raises(RuntimeError, match="the replica has failed"):
-        await answer(app, "a", line, has_failed)
+        await answer(app, line, has_failed)
 
 
 async def test_an_error_of_ours_is_one_line_s_answer() -> None:
