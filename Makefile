@@ -18,13 +18,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 UNIT_TIER := -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py tests/unit
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test check chaos bench bench-moe clean help
+.PHONY: install dev serve test test-clients check chaos bench bench-moe clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
 	@echo "make install                            .venv with everything a user needs"
 	@echo "make check                              ruff, pyright, architecture, unit tests"
 	@echo "make test                               the whole test suite"
+	@echo "make test-clients                       other people's clients, each in an environment of its own, at a real server"
 	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
 	@echo "make bench [ARGS='--concurrency 8']     load the server that is running"
 	@echo "make bench-moe                          decode a mixture of experts on this CPU, beside its memory's bandwidth"
@@ -64,7 +65,10 @@ check: dev
 
 test: dev
 	$(PYTEST) $(UNIT_TIER)
-	$(PYTEST) $(NO_GPU_TIER) -m "not chaos" --ignore=tests/unit tests
+	$(PYTEST) $(NO_GPU_TIER) -m "not chaos" --ignore=tests/unit --ignore=tests/clients tests
+
+test-clients: dev
+	$(PYTEST) tests/clients $(ARGS)
 
 chaos: dev
 	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s -m chaos tests/chaos tests/cluster $(ARGS)

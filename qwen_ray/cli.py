@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from qwen_ray.commands.console import out, show_error
-from qwen_ray.commands.options import ALL_FLAGS, ENGINE_FLAGS, MODEL_FLAGS, ModelArgument, with_settings
+from qwen_ray.commands.options import ALL_FLAGS, BATCH_FLAGS, ENGINE_FLAGS, MODEL_FLAGS, ModelArgument, with_settings
 from qwen_ray.config import API_KEY_VARIABLE, Settings
 from qwen_ray.core.errors import PlanRefused, QwenRayError
 from qwen_ray.core.hardware import Hardware
@@ -157,6 +157,31 @@ def chat(
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     run_chat(settings, system, sampling, url=url, api_key=api_key)
+
+
+@app.command()
+@with_settings(*BATCH_FLAGS)
+def batch(
+    *,
+    settings: Settings,
+    requests: Annotated[Path, typer.Argument(metavar="INPUT", help="Requests in OpenAI's batch format (JSONL).")],
+    answers: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Where the answers go, as they are done.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="Model; default: demo.")] = None,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", metavar="N", min=1, help="Copies of the model that answer.")
+    ] = 1,
+) -> None:
+    """Answer a file of requests without a server; started again after any end, it goes on where it was.
+
+    Every line of INPUT has custom_id, method (POST), url (/v1/chat/completions, /v1/completions) and body; every
+    custom_id gets one line of OUTPUT, in the order in which they are done.
+
+      qwen-ray batch requests.jsonl answers.jsonl
+      qwen-ray batch requests.jsonl answers.jsonl -m Qwen/Qwen2.5-7B-Instruct --tp 2 --concurrency 4
+    """
+    from qwen_ray.commands.batch import run_batch
+
+    run_batch(settings, requests, answers, concurrency)
 
 
 @app.command()

@@ -22,6 +22,17 @@ PANELS = {"models": "Model", "http": "HTTP", "engine": "Engine", "observability"
 MODEL_FLAGS = tuple(flag for flag, key in OPTIONS.items() if key.startswith("models.") and flag != "model")
 ENGINE_FLAGS = tuple(flag for flag, key in OPTIONS.items() if key.startswith("engine."))
 ALL_FLAGS = tuple(flag for flag in OPTIONS if flag != "model")
+# A batch says itself how many replicas there are, and its queue is its file.
+BATCH_FLAGS = (
+    *(
+        flag
+        for flag in (*MODEL_FLAGS, *ENGINE_FLAGS)
+        if flag not in ("min-replicas", "max-replicas", "max-num-waiting")
+    ),
+    "log-level",
+    "cache-dir",
+    "address",
+)
 
 FileOption = Annotated[
     Path | None,

@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import json
 import queue
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import httpx
 
 from qwen_ray.commands import process_tree
+from qwen_ray.commands.child import Event, Stopped, check, ignore_signals, log_file, signals_raise, talk
 from qwen_ray.commands.console import ShowProgress, err, out, progress_bars
 from qwen_ray.commands.haproxy import check_certificate, in_front
 from qwen_ray.commands.ports import port_is_free
@@ -36,18 +30,6 @@ from qwen_ray.source.config_file import load_config
 STOP_SECONDS = 7.0
 POLL_SECONDS = 0.25
 STEPS = {"ray": "starting Ray Serve", "serve": "starting the model"}
-
-
-class ServerFailed(QwenRayError):
-    """The server process ended or gave up; the exit code is the one that it named."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM."""
 
 
 def run_serve(settings: Settings) -> None:
@@ -70,46 +52,27 @@ def run_serve(settings: Settings) -> None:
         for model in settings.models:
             config = load_config(pull(model, settings))
             plan(plan_request(settings, model, config, this_machine(), dp=model.replicas.max)).require()
-    with in_front(settings) as (behind, proxy), _signals_raise(), _log_file(settings) as log:
+    with (
+        in_front(settings) as (behind, proxy),
+        signals_raise(),
+        log_file(settings, f"serve-{settings.http.port}") as log,
+    ):
         command = [sys.executable, "-m", "qwen_ray.serving.launch"]
         environment = {**ENVIRONMENT, **proxy, **({} if settings.ray_address else ALONE)}
         child = process_tree.start(command, environment, log, without=(API_KEY_VARIABLE,))
         try:
-            events = _talk(child, behind)
+            events = talk(child, behind)
             _wait_until_ready(behind, child, events)
             _show_address(settings)
             _raise_at_end(child, events)
         except Stopped:
             err.print("stopping ...")
         finally:
-            _ignore_signals()
+            ignore_signals()
             process_tree.stop(child, seconds=STOP_SECONDS)
 
 
-def _talk(child: subprocess.Popen[bytes], settings: Settings) -> queue.SimpleQueue[dict[str, Any]]:
-    """Hand over the settings and hear the events; the last is `end`. The child stops when its stdin is closed."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.write(json.dumps(settings.to_dict()).encode() + b"\n")
-    child.stdin.flush()
-    events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    lines = child.stdout
-
-    def read() -> None:
-        for line in lines:
-            if line.startswith(b'{"event"'):
-                events.put(json.loads(line))
-            else:  # what Ray forwards from other processes at log level debug
-                err.print(line.decode(errors="replace").rstrip(), markup=False)
-        events.put({"event": "end"})
-
-    threading.Thread(target=read, daemon=True).start()
-    return events
-
-
-def _wait_until_ready(
-    settings: Settings, child: subprocess.Popen[bytes], events: queue.SimpleQueue[dict[str, Any]]
-) -> None:
+def _wait_until_ready(settings: Settings, child: subprocess.Popen[bytes], events: queue.SimpleQueue[Event]) -> None:
     # One client for all: making one reads the certificates of all authorities.
     with progress_bars() as show, httpx.Client(base_url=address(settings), timeout=2.0) as client:
         show("starting Ray", 0, 1)
@@ -121,7 +84,7 @@ def _wait_until_ready(
                 if before == STEPS["serve"]:
                     _show_loading(client, show)
                 continue
-            _check(child, event)
+            check(child, event)
             show(before, 1, 1)
             if event["event"] == "ready":
                 _show_loading(client, show)
@@ -130,18 +93,9 @@ def _wait_until_ready(
             show(before, 0, 1)
 
 
-def _raise_at_end(child: subprocess.Popen[bytes], events: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _raise_at_end(child: subprocess.Popen[bytes], events: queue.SimpleQueue[Event]) -> None:
     while True:
-        _check(child, events.get())
-
-
-def _check(child: subprocess.Popen[bytes], event: dict[str, Any]) -> None:
-    """Raises ServerFailed for the events that say so."""
-    if event["event"] == "error":
-        raise ServerFailed(event["message"], event["exit_code"])
-    if event["event"] == "end":
-        code = child.wait()
-        raise ServerFailed(f"The server process ended unexpectedly (exit code {code}).", 1)
+        check(child, events.get())
 
 
 def _show_loading(client: httpx.Client, show: ShowProgress) -> None:
@@ -182,39 +136,3 @@ def _show_address(settings: Settings) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-@contextmanager
-def _log_file(settings: Settings) -> Iterator[Any]:
-    """Where the server process writes; with log level debug the terminal. Its end is shown when the server failed."""
-    if settings.observability.log_level == "debug":
-        yield None
-        return
-    path = Path(settings.cache_dir) / "logs" / f"serve-{settings.http.port}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as log:
-        try:
-            yield log
-        except ServerFailed:
-            err.print(f"The server's log is {path}; Ray's logs are in /tmp/ray/session_latest/logs.", markup=False)
-            raise
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        _ignore_signals()
-        raise Stopped
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ignore_signals() -> None:
-    """A second Ctrl-C must not interrupt the cleaning up."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

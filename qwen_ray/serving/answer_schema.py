@@ -91,7 +91,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    service_tier: Literal["default"] | None = None
+    service_tier: Literal["default"] = "default"
     system_fingerprint: str
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = Field(None, exclude_if=_is_none)

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from io import StringIO
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import Request
 
@@ -148,7 +148,6 @@ class _Chat:
             model=self.generator.model.name,
             choices=[self._choice(index, answer) for index, answer in enumerate(answers)],
             usage=usage(generation),
-            service_tier=self._tier,
             system_fingerprint=self.generator.model.fingerprint,
             prompt_logprobs=prompt_logprobs(of_prompt, tokenizer) if self.body.prompt_logprobs is not None else None,
             prompt_token_ids=self._prompt_ids(generation),
@@ -211,14 +210,9 @@ class _Chat:
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.generator.model.name,
-            "service_tier": self._tier,
+            "service_tier": "default",
             "system_fingerprint": self.generator.model.fingerprint,
         }
-
-    @property
-    def _tier(self) -> Literal["default"] | None:
-        """Said to whom has asked for one, as OpenAI does."""
-        return None if self.body.service_tier is None else "default"
 
     def _chunk(
         self,

@@ -1,35 +1,25 @@
 """The server process behind `qwen-ray serve`: Ray, Serve and the application, until it is told to stop.
 
-    python -m qwen_ray.serving.launch        settings (JSON, one line) on stdin; events (JSON lines) on stdout
+    python -m qwen_ray.serving.launch        as `child.py` says
 
-Whoever started it keeps stdin open: its end, like SIGTERM, means stop. Events are `{"event": NAME, ...}`: `ray`,
-`serve`, `ready`, `error` (with `message` and `exit_code`). A process of its own, so that Ray's settings can be made
-before Ray is imported, and so that whoever started it can end everything whatever state this one is in.
+Its events are `ray`, `serve`, `ready` and `error`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType, ModuleType
-from typing import Any
+from types import ModuleType
 
 import ray
-from ray.exceptions import RayTaskError
 
 from qwen_ray.cluster.inventory import hardware
 from qwen_ray.config import Settings
 from qwen_ray.core.errors import QwenRayError
 from qwen_ray.core.hardware import Hardware
-from qwen_ray.serving.logs import handler
-
-logger = logging.getLogger(__name__)
+from qwen_ray.serving.child import stop_with_sigterm, supervised, tell
 
 # No tensor of ours goes through Ray's object store.
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -37,25 +27,7 @@ STOP_SECONDS = 5.0
 
 
 def main() -> None:
-    settings = Settings.from_dict(json.loads(sys.stdin.readline()))
-    logging.basicConfig(level=settings.observability.log_level.upper(), handlers=[handler("server")])
-    threading.Thread(target=_stop_with_stdin, daemon=True).start()
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_code = 0
-    try:
-        run(settings)
-    except QwenRayError as error:
-        exit_code = error.exit_code
-        tell("error", message=str(error), exit_code=exit_code)
-    except Exception as error:
-        logger.exception("the server failed")
-        exit_code = 1
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        tell("error", message=f"{type(cause).__name__}: {cause}", exit_code=exit_code)
-    finally:
-        stop(settings)
-    sys.exit(exit_code)
+    supervised("server", run, stop)
 
 
 def run(settings: Settings) -> None:
@@ -64,7 +36,7 @@ def run(settings: Settings) -> None:
         deploying = beside.submit(_deploying)
         start_ray(settings)
         tell("ray", address=ray.get_runtime_context().gcs_address)
-        signal.signal(signal.SIGTERM, _stop)  # Ray has put its own in place of ours
+        stop_with_sigterm()  # Ray has put its own in place of ours
         deploying.result().deploy(settings, lambda: tell("serve"))
     tell("ready")
     while True:
@@ -95,7 +67,6 @@ def start_ray(settings: Settings) -> None:
 
 def stop(settings: Settings) -> None:
     """End what was started here: the whole of a local Ray, or the application on a cluster that stays."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not ray.is_initialized():
         return
     if settings.ray_address:
@@ -116,21 +87,6 @@ def cluster_hardware(address: str) -> Hardware:
         return hardware()
     finally:
         ray.shutdown()
-
-
-def tell(event: str, **details: Any) -> None:
-    sys.stdout.write(json.dumps({"event": event, **details}) + "\n")
-    sys.stdout.flush()
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)
-
-
-def _stop_with_stdin() -> None:
-    while sys.stdin.buffer.read(4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

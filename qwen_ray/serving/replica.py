@@ -46,8 +46,12 @@ class Replica:
         """`drain_seconds`: for ingresses to take over what it runs when it is stopped, at most.
 
         Returns when it can take requests. Raises what the ranks raise (CheckpointError, PlanRefused, …)."""
+        await self.start(serve.get_replica_context().replica_id.unique_id, spec, app, log_level, drain_seconds)
+
+    async def start(self, name: str, spec: ReplicaSpec, app: str, log_level: str, drain_seconds: float) -> None:
+        """As `name`; also where there is no Serve. Raises what the ranks raise."""
         self._spec = spec
-        self._id = serve.get_replica_context().replica_id.unique_id
+        self._id = name
         configure_logs(log_level, f"replica {self._id}")
         self._drain_seconds = drain_seconds
         self._is_draining = False

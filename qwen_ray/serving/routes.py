@@ -195,7 +195,10 @@ async def startup(request: Request) -> JSONResponse:
     return JSONResponse(body, status_code=200 if is_ready else 503)
 
 
-@router.get("/metrics")
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+
+@router.get("/metrics", response_class=Response, responses=_TEXT)
 async def metrics(request: Request) -> Response:
     """Of every ingress, replica and rank."""
     return PlainTextResponse(await _service(request).metrics(), media_type=CONTENT_TYPE)

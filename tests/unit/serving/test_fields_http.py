@@ -41,7 +41,7 @@ async def test_answers_are_openai_s_own(server: Any) -> None:
     ChatCompletion.model_validate(answer, strict=True)
     message = answer["choices"][0]["message"]
     assert (message["refusal"], message["annotations"], message["role"]) == (None, [], "assistant")
-    assert (answer["service_tier"], answer["system_fingerprint"]) == (None, "fp_test")
+    assert (answer["service_tier"], answer["system_fingerprint"]) == ("default", "fp_test")
     assert answer["id"].startswith("chatcmpl-")
     assert {"cached_tokens"} <= set(answer["usage"]["prompt_tokens_details"])
     assert {"reasoning_tokens"} <= set(answer["usage"]["completion_tokens_details"])
@@ -54,7 +54,7 @@ async def test_answers_are_openai_s_own(server: Any) -> None:
     Completion.model_validate(text, strict=True)
 
 
-async def test_the_tier_is_told_to_whom_has_asked(server: Any) -> None:
+async def test_there_is_one_tier(server: Any) -> None:
     assert (await post(server, CHAT, **HI, service_tier="auto"))["service_tier"] == "default"
     chunks = await stream(server, CHAT, **HI, service_tier="default", max_tokens=2)
     assert {chunk["service_tier"] for chunk in chunks} == {"default"}
@@ -242,3 +242,4 @@ def test_the_document(server: Any) -> None:
     assert "text/event-stream" in document["paths"][CHAT]["post"]["responses"]["200"]["content"]
     assert "tool_calls" in models["AnswerMessage"]["properties"]
     assert "/tokenizer_info" in document["paths"]
+    assert list(document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
