@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, model_validator
 
 from qwen_ray.serving.answer_schema import is_none
-from qwen_ray.serving.fields import Amount, Count, Flag, Number, Switch
+from qwen_ray.serving.fields import Amount, Count, Flag, Number, Switch, null_is_default
 from qwen_ray.serving.schema import MAX_TIMEOUT, Prompt, Request, prompt_list
 
 MAX_INPUTS = 2048  # texts of one request, as OpenAI has it
@@ -68,6 +68,12 @@ class PoolingRequest(Request):
         return context if wish == -1 else wish
 
 
+Encoding = Annotated[
+    Literal["float", "base64"],
+    BeforeValidator(null_is_default, json_schema_input_type=Literal["float", "base64"] | None),
+]
+
+
 class EmbeddingRequest(PoolingRequest):
     not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
         **PoolingRequest.not_built,
@@ -77,7 +83,7 @@ class EmbeddingRequest(PoolingRequest):
     }
 
     input: Prompt
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Encoding = "float"
     dimensions: Annotated[Count, Field(ge=1)] | None = None
     prompt_name: str | None = None
     add_special_tokens: Switch = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from array import array
 from collections.abc import Awaitable, Callable
 from itertools import product
@@ -14,6 +16,7 @@ import tokenizers
 
 from qwen_ray.core.pooling import Pooling
 from qwen_ray.serving import pooling
+from qwen_ray.serving.routes import create_app
 from qwen_ray.text.tokenizer import Tokenizer
 from tests.unit.serving.conftest import pooled
 
@@ -216,3 +219,67 @@ async def test_who_only_scores_generates_nothing(answering_tokenizer: Tokenizer,
 async def test_without_a_token_for_yes_there_are_no_scores(server: Any) -> None:
     error = await ask(server, "/v1/score", 400, text_1="a", text_2="b")
     assert (error["code"], error["param"]) == ("unsupported_task", "model")
+
+
+async def test_any_body(embedder: Any) -> None:
+    models = create_app(embedder.service).openapi()["components"]["schemas"]
+    routes: dict[str, tuple[str, dict[str, Any]]] = {
+        "/v1/embeddings": ("EmbeddingRequest", {"input": "a"}),
+        "/v1/score": ("ScoreRequest", {"text_1": "a", "text_2": ["b", "c"]}),
+        "/v1/rerank": ("RerankRequest", {"query": "a", "documents": ["b", {"text": "c"}]}),
+    }
+    values: list[Any] = [
+        None,
+        True,
+        0,
+        1,
+        -1,
+        3,
+        2**63,
+        0.5,
+        "",
+        "a",
+        "\ud800",
+        [],
+        {},
+        ["a"],
+        [1],
+        [[1]],
+        [[]],
+        "left",
+    ]
+    dice = random.Random(2)
+    statuses: list[int] = []
+    for _ in range(150):
+        path = dice.choice(list(routes))
+        model, valid = routes[path]
+        fields = dice.sample(sorted(set(models[model]["properties"]) - {"timeout"}), k=dice.choice((1, 1, 2)))
+        body = {**valid, **{name: dice.choice(values) for name in fields}}
+        response = await embedder.client.post(
+            path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
+        statuses.append(response.status_code)
+        assert response.status_code in (200, 400, 404), (path, body, response.text)
+        assert response.status_code == 200 or response.json()["error"]["message"], body
+    assert min(statuses.count(200), statuses.count(400)) > 10, statuses
+    await embedder.until(embedder.is_idle)
+
+
+async def test_null_is_as_good_as_nothing_and_the_document_tells_all(embedder: Any) -> None:
+    document = create_app(embedder.service).openapi()
+    models = document["components"]["schemas"]
+    for path, model, needed, answer in (
+        ("/v1/embeddings", "EmbeddingRequest", {"input": "a"}, "EmbeddingList"),
+        ("/v1/score", "ScoreRequest", {"text_1": "a", "text_2": "b"}, "ScoreList"),
+        ("/v1/rerank", "RerankRequest", {"query": "a", "documents": ["b"]}, "RerankAnswer"),
+    ):
+        optional = set(models[model]["properties"]) - set(needed)
+        for name in optional:
+            assert {"type": "null"} in models[model]["properties"][name].get("anyOf", []), name
+        given: dict[str, Any] = dict(needed)
+        nothing: dict[str, Any] = dict.fromkeys(optional)
+        plain = await ask(embedder, path, **given)
+        nulls = await ask(embedder, path, **given, **nothing)
+        assert {**nulls, "id": 0, "created": 0} == {**plain, "id": 0, "created": 0}
+        content = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
+        assert content["schema"] == {"$ref": f"#/components/schemas/{answer}"}
