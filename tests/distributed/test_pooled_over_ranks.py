@@ -35,7 +35,6 @@ CONFIG = Qwen3MoeConfig(
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
     num_experts=6,
     num_experts_per_tok=2,
     norm_topk_prob=True,

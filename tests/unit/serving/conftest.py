@@ -22,6 +22,7 @@ from qwen_ray.core.pooling import Pooling
 from qwen_ray.core.request import GenerateRequest, TokenDelta, TokenLogprobs
 from qwen_ray.core.step import NewSequence, PromptLogprobs, Sample, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
+from qwen_ray.engine.executor import Executor
 from qwen_ray.grammar.checker import GrammarChecker
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
@@ -131,13 +132,13 @@ def _logprobs(token: int, count: int) -> TokenLogprobs:
 class FakeReplica:
     """As `replica.Replica`, without Serve and Ray."""
 
-    def __init__(self, name: str, tokens: list[int], config: EngineConfig) -> None:
+    def __init__(self, name: str, tokens: list[int], config: EngineConfig, executor: Executor | None = None) -> None:
         self.name = name
         self.state: ReplicaState = "ready"
         self.ranks = Reciter(tokens)
         self.recorder = ReplicaRecorder("tiny", name)
         self.requests: list[GenerateRequest] = []
-        self.engine = Engine(config, self.ranks, self._publish, self.recorder.step, self.recorder.finished)
+        self.engine = Engine(config, executor or self.ranks, self._publish, self.recorder.step, self.recorder.finished)
         self.sessions = Sessions(self._add, self.engine.abort, self.status, self._answer)
         self.channels: list[Channel[Any]] = []
         self.deltas_until_death: int | None = None
@@ -220,7 +221,9 @@ class Server:
         http: HttpSettings = HTTP,
         audit: AuditLog | None = None,
         about: dict[str, Any] | None = None,
+        executor: Executor | None = None,
     ) -> None:
+        self.executor = executor  # in place of ranks that recite
         self.about = about or {}  # more fields of the Model
         self.tokenizer = tokenizer
         self.config = config
@@ -276,7 +279,7 @@ class Server:
         return self
 
     async def add_replica(self, name: str) -> FakeReplica:
-        replica = await FakeReplica(name, self.tokenizer.encode(self.text), self.config).start()
+        replica = await FakeReplica(name, self.tokenizer.encode(self.text), self.config, self.executor).start()
         self.replicas.append(replica)
         return replica
 
