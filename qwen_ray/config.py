@@ -114,6 +114,10 @@ class ModelSettings(Section):
         default="demo", min_length=1, description="demo, a directory, a .gguf file, or a Hugging Face id"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a Hugging Face id")
+    task: Literal["auto", "generate", "embed", "score"] = Field(
+        default="auto",
+        description="what it is served for: tokens, vectors, or scores of pairs of texts; auto: what its files say",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         default="auto", description="of the computation; fp8 (weights) can be planned with, not served"
     )
@@ -236,6 +240,7 @@ OPTIONS: dict[str, str] = {
     "model": "models.0.source",
     "served-model-name": "models.0.name",
     "revision": "models.0.revision",
+    "task": "models.0.task",
     "dtype": "models.0.dtype",
     "quantization": "models.0.quantization",
     "load-format": "models.0.load_format",

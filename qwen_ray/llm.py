@@ -24,6 +24,7 @@ from typing import Any
 from qwen_ray.config import OPTIONS, Settings, load_settings
 from qwen_ray.core.errors import InvalidRequest, QwenRayError, RequestFailed, SettingsError
 from qwen_ray.core.plan import EngineConfig
+from qwen_ray.core.pooling import Pooling, Task, shaped, sigmoid, to_floats
 from qwen_ray.core.request import GenerateRequest, Grammar, SamplingParams, TokenDelta, TokenLogprobs
 from qwen_ray.core.stats import EngineStats, RankStats
 from qwen_ray.engine.engine import Engine
@@ -34,8 +35,10 @@ from qwen_ray.machine import this_machine
 from qwen_ray.planner.search import plan
 from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
+from qwen_ray.source.purpose import load_purpose
 from qwen_ray.source.resolve import resolve
 from qwen_ray.text.choice import Choice, Piece
+from qwen_ray.text.retrieval import PairPrompt, instructed
 from qwen_ray.text.tokenizer import Tokenizer
 from qwen_ray.worker.local import LocalExecutor
 
@@ -95,7 +98,8 @@ class LLM:
             revision=wish.revision,
             on_progress=lambda done, total, what: on_progress(what, done, total),
         )
-        config = load_config(path)
+        self._purpose = load_purpose(path, wish.task)
+        config = self._purpose.applied(load_config(path))
         chosen = plan(plan_request(settings, wish, config, this_machine(), dp=1)).require()
         self.spec = chosen.replica_spec(name=wish.name, path=str(path), load_format=wish.load_format)
         self.tokenizer = Tokenizer.load(path, wish.load_format)
@@ -156,6 +160,28 @@ class LLM:
         for _, piece in self._engine.run(job.choices):
             yield piece
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, instruction: str | None = None, dimensions: int | None = None
+    ) -> list[list[float]]:
+        """A vector for every prompt. `instruction` is for queries: what they look for. Raises as `generate` does."""
+        self._check_task("embed")
+        config, size = self._purpose.embedding, self.spec.config.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= size:
+            raise InvalidRequest(f"dimensions must be between 1 and {size}, got {dimensions}.", param="dimensions")
+        before = config.prompts.get(config.default_prompt_name or "", "")
+        before = before if instruction is None else instructed("", instruction)
+        ids = [self.tokenizer.encode(before + p) if isinstance(p, str) else p for p in _prompt_list(prompts)]
+        vectors = self._pool(ids, Pooling())
+        return [shaped(to_floats(v), dimensions=dimensions, normalizes=config.normalizes).tolist() for v in vectors]
+
+    def score(self, query: str, documents: Sequence[str], *, instruction: str | None = None) -> list[float]:
+        """How likely each document answers the query: asked as Qwen3's rerankers are. Raises as `generate` does."""
+        self._check_task("generate", "score")
+        question = PairPrompt.of(self.tokenizer)
+        ids = [question.ids(query, document, instruction=instruction) for document in documents]
+        pooling = Pooling(token_ids=(question.yes_id, question.no_id))
+        return [sigmoid(yes - no) for yes, no in map(to_floats, self._pool(ids, pooling))]
+
     def stats(self) -> tuple[EngineStats, RankStats]:
         return self._engine.stats(), self._executor.stats()
 
@@ -174,6 +200,7 @@ class LLM:
 
     def _to_job(self, prompt: Prompt, sampling: SamplingParams, *, is_chat: bool = False) -> _Job:
         """A rendered chat brings its own special tokens, and its answer may begin with thinking."""
+        self._check_task("generate")
         if sampling.grammar is not None:
             grammar = self._checked(sampling.grammar)
             sampling = replace(sampling, grammar=replace(grammar, after_thinking=is_chat))
@@ -206,6 +233,27 @@ class LLM:
         if error is not None:
             raise InvalidRequest(f"grammar: {error}", param="grammar")
         return replace(grammar, text=text)
+
+    def _pool(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> list[bytes]:
+        requests = [
+            GenerateRequest(
+                request_id=uuid.uuid4().hex,
+                prompt_token_ids=tuple(prompt),
+                sampling=SamplingParams(),
+                seed=0,
+                arrival=time.time(),
+                pooling=pooling,
+            )
+            for prompt in prompts
+        ]
+        choices = [Choice(i, request, (), self.tokenizer) for i, request in enumerate(requests)]
+        pooled = {choice.index: piece.pooled for choice, piece in self._engine.run(choices)}
+        return [pooled[i] for i in range(len(choices))]
+
+    def _check_task(self, *tasks: Task) -> None:
+        if self._purpose.task not in tasks:
+            message = f"This model was loaded with task={self._purpose.task!r}; needed is {' or '.join(tasks)}."
+            raise InvalidRequest(message, param="task", code="unsupported_task")
 
     def _answer(self, jobs: list[_Job]) -> list[RequestOutput]:
         pieces: dict[str, list[Piece]] = {c.request.request_id: [] for job in jobs for c in job.choices}

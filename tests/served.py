@@ -44,6 +44,7 @@ PROMPTS = [
     "What is the largest ocean on Earth?",
 ]
 NUM_TOKENS = 64
+START_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ def serving(*arguments: str) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + START_SECONDS
         while not is_ready(url):
             assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "not ready in 120 s"
+            assert time.monotonic() < deadline, f"not ready in {START_SECONDS} s"
             time.sleep(0.3)
         yield url
         started = descendants(process.pid)

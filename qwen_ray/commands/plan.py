@@ -17,6 +17,7 @@ from qwen_ray.planner.family import lookup
 from qwen_ray.planner.search import plan
 from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
+from qwen_ray.source.purpose import Purpose, load_purpose
 
 
 def run_plan(
@@ -49,4 +50,8 @@ def run_plan(
 def family_config(settings: Settings) -> ModelConfig:
     """From the table of the Qwen family where it is in there, so that nothing need be fetched; else from its files."""
     model = settings.models[0]
-    return lookup(model.source) or load_config(pull(model, settings))
+    known = lookup(model.source)
+    if known is not None:
+        return Purpose(task="embed").applied(known) if model.task == "embed" else known
+    path = pull(model, settings)
+    return load_purpose(path, model.task).applied(load_config(path))

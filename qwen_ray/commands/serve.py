@@ -26,6 +26,7 @@ from qwen_ray.serving.environment import ALONE, ENVIRONMENT
 from qwen_ray.serving.keys import KeyRing
 from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
+from qwen_ray.source.purpose import load_purpose
 
 STOP_SECONDS = 7.0
 POLL_SECONDS = 0.25
@@ -50,7 +51,8 @@ def run_serve(settings: Settings) -> None:
                 f"Port {http.port} of {http.host} is in use. Choose another with --port, or stop what uses it."
             )
         for model in settings.models:
-            config = load_config(pull(model, settings))
+            path = pull(model, settings)
+            config = load_purpose(path, model.task).applied(load_config(path))
             plan(plan_request(settings, model, config, this_machine(), dp=model.replicas.max)).require()
     with (
         in_front(settings) as (behind, proxy),

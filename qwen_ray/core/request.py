@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from qwen_ray.core.errors import DEADLINE_EXCEEDED, DeadlineExceeded, InvalidRequest, RequestError, RequestFailed
+from qwen_ray.core.pooling import Pooling
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -147,7 +148,8 @@ class GenerateRequest:
     `priority` decides first, then the fair share of the `tenant`: of two tenants with work waiting, one of `weight` 2
     is served twice the tokens of one of weight 1. After the `deadline` it ends: with what it has, as "length", or, if
     that is nothing, with DeadlineExceeded. `is_suspect`: replicas have died under it; it runs alone from the start, and
-    an empty delta tells when that is.
+    an empty delta tells when that is. With `pooling` nothing is generated: it ends, as "stop", when its
+    prompt is computed.
     """
 
     request_id: str
@@ -162,6 +164,7 @@ class GenerateRequest:
     weight: float = 1.0  # above 0
     deadline: float | None = None  # seconds since the epoch, by the replica's clock
     is_suspect: bool = False
+    pooling: Pooling | None = None
 
     def choices(self) -> list[GenerateRequest]:
         """The `sampling.n` single-sequence requests of this one, ids `ID-0`, `ID-1`, …, each with a seed of its own."""
@@ -205,6 +208,7 @@ class TokenDelta:
     `logprobs` runs parallel to `token_ids` when asked for. `prompt_logprobs` comes once, with the first delta: one
     entry per prompt token but the first. `stop_token_id` is the token that ended it. `error` goes with "error";
     `code` says in one word why it ended where the finish reason does not ("deadline_exceeded" with "length", say).
+    `pooled` is what `GenerateRequest.pooling` asks for: little-endian float32.
     """
 
     request_id: str
@@ -216,6 +220,7 @@ class TokenDelta:
     stop_token_id: int | None = None
     error: str | None = None
     code: str | None = None
+    pooled: bytes = b""
 
     def to_error(self) -> RequestError:
         """What a delta with finish reason "error" means to whoever asked."""

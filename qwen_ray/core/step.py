@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qwen_ray.core.pooling import Pooling
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 
 # Prompt tokens of one step that are to be described (`prompt_logprobs`). Each takes a row of logits, which at 152,064
@@ -33,13 +34,14 @@ class NewSequence:
     seed: int
     stop_token_ids: tuple[int, ...]  # masked until sampling.min_tokens are out
     dp_rank: int = 0
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Tokens `[start, start + count)` of one sequence, to be computed in this step.
 
-    A chunk that reaches the last known token is sampled from; a rank sees that for itself.
+    A chunk that reaches the last known token is sampled from, or pooled; a rank sees that for itself.
     `new_tokens` are appended to the sequence's ids, `new_blocks` to its block table, before it runs.
     """
 
@@ -74,12 +76,16 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The token chosen for one sequence. `error` (non-finite logits, say) ends that sequence and no other."""
+    """The token chosen for one sequence. `error` (non-finite logits, say) ends that sequence and no other.
+
+    Of one with `pooling` no token is chosen, `pooled` is what it asks for: little-endian float32.
+    """
 
     sequence_id: int
-    token_id: int
+    token_id: int = 0
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    pooled: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -261,6 +261,10 @@ class Scheduler:
             self.dp_ranks[seq.dp_rank].pool.forget(seq.block_table)
             self._end(seq, "error", error="the ranks sent no token" if sample is None else sample.error)
             return
+        if seq.request.pooling is not None:
+            seq.first_token = now
+            self._end(seq, "stop", sample)
+            return
         seq.token_ids.append(sample.token_id)
         seq.first_token = seq.first_token or now
         self._num_output_tokens += 1

@@ -148,6 +148,7 @@ class Sequence:
             seed=self.request.seed,
             stop_token_ids=self.request.stop_token_ids,
             dp_rank=self.dp_rank,
+            pooling=self.request.pooling,
         )
 
     def to_delta(
@@ -161,16 +162,18 @@ class Sequence:
         is_first = not self.has_answered
         prompt_logprobs = tuple(self.prompt_logprobs) if is_first else ()
         self.has_answered, self.prompt_logprobs = True, []
+        chosen = sample if self.request.pooling is None else None
         return TokenDelta(
             request_id=self.request.request_id,
-            token_ids=() if sample is None else (sample.token_id,),
+            token_ids=() if chosen is None else (chosen.token_id,),
             logprobs=() if sample is None or sample.logprobs is None else (sample.logprobs,),
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens if is_first else 0,
             finish_reason=reason,
-            stop_token_id=sample.token_id if sample is not None and reason == "stop" else None,
+            stop_token_id=chosen.token_id if chosen is not None and reason == "stop" else None,
             error=error,
             code=code,
+            pooled=b"" if sample is None else sample.pooled,
         )
 
     def to_times(self, finish_reason: FinishReason, now: float) -> RequestTimes:
@@ -196,8 +199,11 @@ def longest(request: GenerateRequest, config: EngineConfig) -> int:
     if not 0.0 < request.weight < math.inf:
         raise InvalidRequest(f"the weight must be above 0, got {request.weight}.", param="weight")
     # The last token is given out, never computed: it needs a place in the context, but none in the pool.
+    in_context = f"the context of {config.max_model_len} tokens"
     for limit, what in (
-        (config.max_model_len - 1, f"the context of {config.max_model_len} tokens, one of them for the answer"),
+        (config.max_model_len, in_context)
+        if request.pooling
+        else (config.max_model_len - 1, f"{in_context}, one of them for the answer"),
         (config.num_kv_tokens, f"the KV memory of {config.num_blocks} blocks of {config.block_size} tokens"),
     ):
         if len(prompt) > limit:

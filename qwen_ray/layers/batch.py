@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """Several sequences' chunks laid end to end: T tokens, S sequences, L rows that want logits.
+    """Several sequences' chunks laid end to end: T tokens, S sequences, L rows that leave the model.
 
     Sequence s owns the tokens `query_starts[s] : query_starts[s + 1]`; its context is all its tokens up to and with
     the chunk. Lengths are given twice: as tensors for kernels, as ints so that nobody waits for a device to know them.
@@ -22,7 +22,7 @@ class ForwardBatch:
     block_tables: torch.Tensor  # [S, max blocks] int64, padded with block 0
     query_starts: torch.Tensor  # [S + 1] int64
     context_lens: torch.Tensor  # [S] int64
-    logit_rows: torch.Tensor  # [L] int64: indices into T
+    logit_rows: torch.Tensor  # [L] int64: indices into T; of these the model gives logits, or hidden states
     query_lens_list: tuple[int, ...]  # S ints, adding up to T
     context_lens_list: tuple[int, ...]  # S ints
 

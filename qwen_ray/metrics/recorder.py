@@ -132,6 +132,10 @@ class IngressRecorder:
         self._instruments.count("vllm:prompt_tokens_total", num_prompt_tokens)
         self._instruments.count("vllm:generation_tokens_total", num_tokens)
 
+    def prompt_tokens(self, num_prompt_tokens: int) -> None:
+        """Of a prompt that no tokens follow."""
+        self._instruments.count("vllm:prompt_tokens_total", num_prompt_tokens)
+
     def next_tokens(self, seconds: float, num_tokens: int) -> None:
         """`num_tokens` that came together, `seconds` after the ones before."""
         for _ in range(num_tokens):

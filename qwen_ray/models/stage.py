@@ -66,7 +66,13 @@ class Stage(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Logits [L, vocabulary] in float32 on the rank that samples, None on the others.
+        """Logits [L, vocabulary] in float32 on the rank that samples, None on the others."""
+        x = self.hidden(batch)
+        return None if x is None else self.logits(x)
+
+    @torch.inference_mode()
+    def hidden(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Hidden states [L, hidden] behind the final norm, the same on all ranks of the last stage, None on others.
 
         A model with experts needs every rank in every step, also one whose batch is empty.
         """
@@ -77,10 +83,16 @@ class Stage(nn.Module):
         step = self._layer_step(batch)
         for layer in self.layers:
             x = layer(x, step)
-        if self.norm is None or self.lm_head is None:
+        if self.norm is None:
             self._groups.send(x)
             return None
-        return self.lm_head(self.norm(x[batch.logit_rows]))
+        return self.norm(x[batch.logit_rows])
+
+    @torch.inference_mode()
+    def logits(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Of some rows of `hidden`, on all ranks of the last stage together; as `forward` gives them."""
+        assert self.lm_head is not None, "on the last stage"
+        return self.lm_head(x)
 
     def _layer_step(self, batch: ForwardBatch) -> LayerStep:
         cos, sin = self.rotary(batch.positions)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 
-def _is_none(value: object) -> bool:
+def is_none(value: object) -> bool:
     """Of fields that only those get who ask for them."""
     return value is None
 
@@ -72,7 +72,7 @@ class AnswerMessage(BaseModel):
     reasoning_content: str | None = None
     refusal: None = None
     annotations: list[Any] = []
-    tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=is_none)
 
 
 class ChatChoice(BaseModel):
@@ -81,7 +81,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: str
     stop_reason: int | str | None = None
-    token_ids: list[int] | None = Field(None, exclude_if=_is_none)
+    token_ids: list[int] | None = Field(None, exclude_if=is_none)
 
 
 class ChatCompletion(BaseModel):
@@ -94,7 +94,7 @@ class ChatCompletion(BaseModel):
     service_tier: Literal["default"] = "default"
     system_fingerprint: str
     prompt_logprobs: PromptLogprobs | None = None
-    prompt_token_ids: list[int] | None = Field(None, exclude_if=_is_none)
+    prompt_token_ids: list[int] | None = Field(None, exclude_if=is_none)
 
 
 class CompletionLogprobs(BaseModel):
@@ -111,8 +111,8 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None
     stop_reason: int | str | None = None
     prompt_logprobs: PromptLogprobs | None = None
-    prompt_token_ids: list[int] | None = Field(None, exclude_if=_is_none)
-    token_ids: list[int] | None = Field(None, exclude_if=_is_none)
+    prompt_token_ids: list[int] | None = Field(None, exclude_if=is_none)
+    token_ids: list[int] | None = Field(None, exclude_if=is_none)
 
 
 class Completion(BaseModel):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -24,6 +25,7 @@ from qwen_ray.serving.ingress import Ingress
 from qwen_ray.serving.replica import Replica
 from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
+from qwen_ray.source.purpose import load_purpose
 from qwen_ray.source.resolve import resolve
 
 APP = "qwen-ray"
@@ -83,7 +85,8 @@ def replica_spec(settings: Settings) -> ReplicaSpec:
     """What every replica of the one model is told, planned for the cluster that Ray is connected to."""
     model = _one_model(settings)
     path = resolve(model.source, settings.cache_dir, revision=model.revision)
-    request = plan_request(settings, model, load_config(path), hardware(), dp=model.replicas.max)
+    config = load_purpose(path, model.task).applied(load_config(path))
+    request = plan_request(settings, model, config, hardware(), dp=model.replicas.max)
     return plan(request).require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
 
 
@@ -105,6 +108,7 @@ def has_room_for_one_more(settings: Settings, spec: ReplicaSpec) -> bool:
 
 def served_model(model: ModelSettings, spec: ReplicaSpec) -> Model:
     described = f"{spec.path} {spec.dtype} {spec.quantization} {spec.plan} {spec.engine}"
+    purpose = load_purpose(Path(spec.path), model.task)
     return Model(
         name=spec.name,
         source=model.source,
@@ -113,6 +117,9 @@ def served_model(model: ModelSettings, spec: ReplicaSpec) -> Model:
         vocab_size=spec.config.vocab_size,
         max_model_len=spec.engine.max_model_len,
         eos_token_ids=spec.config.eos_token_ids,
+        task=purpose.task,
+        embedding=purpose.embedding,
+        hidden_size=spec.config.hidden_size,
     )
 
 

@@ -12,10 +12,11 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from qwen_ray.core.errors import ContextLengthExceeded, InvalidRequest, RequestError
+from qwen_ray.core.pooling import EmbeddingConfig, Task
 from qwen_ray.core.request import GenerateRequest, Grammar, SamplingParams, TokenDelta
 from qwen_ray.core.stats import RequestTimes
 from qwen_ray.grammar.checker import GrammarChecker
@@ -49,6 +50,9 @@ class Model:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    task: Task = "generate"
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    hidden_size: int = 0  # numbers of a vector
 
 
 class Generation:
@@ -199,6 +203,10 @@ class Generator:
         self._grammars = grammars
         self._log_requests = log_requests
 
+    @property
+    def logs_requests(self) -> bool:
+        return self._log_requests
+
     async def encode_chat(self, conversation: Conversation) -> list[int]:
         """Raises InvalidRequest when the chat template refuses the messages."""
         variables = conversation.variables
@@ -215,13 +223,13 @@ class Generator:
             )
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-        return await _off_loop(encode, conversation.num_characters)
+        return await off_loop(encode, conversation.num_characters)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return await _off_loop(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+        return await off_loop(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        return await _off_loop(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids))
+        return await off_loop(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids))
 
     async def with_grammar(
         self, sampling: SamplingParams, asked: tuple[str, Grammar] | None, *, after_thinking: bool = False
@@ -334,5 +342,5 @@ def new_call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-async def _off_loop(work: Callable[[], T], num_characters: int) -> T:
+async def off_loop(work: Callable[[], T], num_characters: int) -> T:
     return work() if num_characters <= MAX_CHARACTERS_ON_LOOP else await asyncio.to_thread(work)

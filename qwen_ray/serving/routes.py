@@ -11,11 +11,12 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 
-from qwen_ray.core.errors import UnknownModel
+from qwen_ray.core.errors import InvalidRequest, UnknownModel
+from qwen_ray.core.pooling import Task
 from qwen_ray.metrics.exporter import CONTENT_TYPE
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.planner.experts import ExpertLoadFile
-from qwen_ray.serving import answer_schema, chat, completions, errors, schema
+from qwen_ray.serving import answer_schema, chat, completions, embeddings, errors, pooling_schema, schema, scores
 from qwen_ray.serving.answer import token_text
 from qwen_ray.serving.audit import AuditLog
 from qwen_ray.serving.call import Call
@@ -24,8 +25,16 @@ from qwen_ray.serving.generation import Generator
 from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
 from qwen_ray.serving.middleware import MAX_SHOWN, BodyLimit, Gate, Watch
+from qwen_ray.serving.pooling import Pooler
 
 VERSION = version("qwen-ray")
+
+# What a server for each task answers with.
+GIVES: dict[Task, str] = {
+    "generate": "text and scores: ask /v1/chat/completions, /v1/completions, /v1/score or /v1/rerank",
+    "embed": "vectors and their angles: ask /v1/embeddings, /v1/score or /v1/rerank",
+    "score": "scores: ask /v1/score or /v1/rerank",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +57,17 @@ class Service:
         call.model = (self.generator.model.name if name is None else name)[:MAX_SHOWN]
         if name is not None and name != self.generator.model.name:
             raise UnknownModel(name, [self.generator.model.name])
+
+    def check_task(self, task: Task) -> None:
+        """Raises InvalidRequest where the model is served for another one."""
+        model = self.generator.model
+        if model.task != task:
+            message = f"The model `{model.name}` is served with --task {model.task} and gives {GIVES[model.task]}."
+            raise InvalidRequest(message, param="model", code="unsupported_task")
+
+    @property
+    def pooler(self) -> Pooler:
+        return Pooler(self.generator, self.dispatcher, self.recorder)
 
     def card(self) -> answer_schema.ModelCard:
         model = self.generator.model
@@ -108,6 +128,7 @@ def _service(request: Request) -> Service:
 async def chat_completions(body: schema.ChatRequest, request: Request) -> answer_schema.ChatCompletion | Response:
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
+    service.check_task("generate")
     return await chat.create(body, request, service.generator, Call.of(request.scope))
 
 
@@ -115,7 +136,35 @@ async def chat_completions(body: schema.ChatRequest, request: Request) -> answer
 async def text_completions(body: schema.CompletionRequest, request: Request) -> answer_schema.Completion | Response:
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
+    service.check_task("generate")
     return await completions.create(body, request, service.generator, Call.of(request.scope))
+
+
+@router.post("/v1/embeddings", response_model=None, responses={200: {"model": pooling_schema.EmbeddingList}})
+async def embed(body: pooling_schema.EmbeddingRequest, request: Request) -> Response:
+    service = _service(request)
+    service.check_model(body.model, Call.of(request.scope))
+    service.check_task("embed")
+    return await embeddings.create(body, request, service.pooler, Call.of(request.scope))
+
+
+@router.post("/score")
+@router.post("/v1/score")
+async def score(body: pooling_schema.ScoreRequest, request: Request) -> pooling_schema.ScoreList:
+    """Of pairs of texts."""
+    service = _service(request)
+    service.check_model(body.model, Call.of(request.scope))
+    return await scores.score(body, request, service.pooler, Call.of(request.scope))
+
+
+@router.post("/rerank")
+@router.post("/v2/rerank")
+@router.post("/v1/rerank")
+async def rerank(body: pooling_schema.RerankRequest, request: Request) -> pooling_schema.RerankAnswer:
+    """Documents by how well they answer a query."""
+    service = _service(request)
+    service.check_model(body.model, Call.of(request.scope))
+    return await scores.rerank(body, request, service.pooler, Call.of(request.scope))
 
 
 @router.get("/v1/models")

@@ -237,6 +237,11 @@ Prompt = Annotated[
 ]
 
 
+def prompt_list(prompt: Any) -> list[str | list[int]]:
+    """A `Prompt` as a list of prompts."""
+    return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+
+
 class CompletionRequest(SamplingFields):
     not_built: ClassVar[dict[str, tuple[Any, ...]]] = {
         "best_of": (1,),
@@ -251,8 +256,7 @@ class CompletionRequest(SamplingFields):
 
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt."""
-        prompt: Any = self.prompt
-        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        return prompt_list(self.prompt)
 
 
 class TokenizeRequest(ConversationFields, Request):

@@ -32,23 +32,27 @@ def load_config(path: Path) -> ModelConfig:
     """
     if path.is_file():
         return _from_gguf(read_gguf_header(path))
-    config = _read_object(path / "config.json")
-    generation = _read_object(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    config = read_object(path / "config.json")
+    generation = read_object(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     ends = token_ids(config.get("eos_token_id")) + token_ids(generation.get("eos_token_id"))
     merged = {**config, "eos_token_id": list(dict.fromkeys(ends))}
     return ModelConfig.from_dict(merged, source=str(path / "config.json"))
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: not a JSON object.")
+    return value
+
+
+def read_json(file: Path) -> Any:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}.") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: not a JSON object.")
-    return value
 
 
 def _from_gguf(header: GgufHeader) -> ModelConfig:

@@ -19,7 +19,8 @@ from qwen_ray.core.errors import SourceError
 from qwen_ray.source.progress import POLL_SECONDS, Progress, folder_bytes
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
-_UNWANTED = ["*/*.safetensors", "*/*.json", "consolidated*"]
+# Of folders, only those of sentence-transformers' modules are looked into: 1_Pooling and the like.
+_UNWANTED = ["*/*.safetensors", "[!0-9]*/*.json", "consolidated*"]
 
 
 def fetch(

@@ -33,6 +33,7 @@ class Piece:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    pooled: bytes = b""  # as in TokenDelta
 
 
 class Choice:
@@ -122,6 +123,7 @@ class Choice:
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=self._told_reason,
             stop_reason=stop_reason,
+            pooled=delta.pooled,
         )
 
     @property

@@ -29,12 +29,18 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedBatch:
-    """A forward pass, and whose each of its L logits rows is: `sample_rows[i]` is sampled from for `samples[i]`."""
+    """A forward pass, and whose each of its L rows is: `sample_rows[i]` is sampled from for `samples[i]`.
+
+    Rows of `samples` and `prompts` come first; then, one each, those of `scored`, whose logits are asked for, and of
+    `embedded`, which want no logits.
+    """
 
     forward: ForwardBatch
     samples: tuple[SequenceState, ...]
     sample_rows: tuple[int, ...]
     prompts: tuple[PromptRows, ...]
+    scored: tuple[SequenceState, ...]
+    embedded: tuple[SequenceState, ...]
 
 
 def prepare(
@@ -46,6 +52,9 @@ def prepare(
     samples: list[SequenceState] = []
     sample_rows: list[int] = []
     prompts: list[PromptRows] = []
+    scored: list[SequenceState] = []
+    embedded: list[SequenceState] = []
+    scored_rows, embedded_rows = array("q"), array("q")
     for chunk, state in zip(chunks, states, strict=True):
         first, stop = len(token_ids), chunk.start + chunk.count
         token_ids += state.token_ids[chunk.start : stop]
@@ -56,15 +65,25 @@ def prepare(
             if count > 0:
                 prompts.append(PromptRows(state=state, row=len(logit_rows), start=chunk.start + 1, count=count))
                 logit_rows.extend(range(first, first + count))
-        if stop == state.num_tokens:
+        if stop != state.num_tokens:
+            continue
+        if state.pooling is not None:
+            asking, rows = (scored, scored_rows) if state.pooling.token_ids else (embedded, embedded_rows)
+            asking.append(state)
+            rows.append(first + chunk.count - 1)
+        else:
             samples.append(state)
             sample_rows.append(len(logit_rows))
             logit_rows.append(first + chunk.count - 1)
     return PreparedBatch(
-        forward=_forward_batch(chunks, states, token_ids, positions, logit_rows, block_size, device),
+        forward=_forward_batch(
+            chunks, states, token_ids, positions, logit_rows + scored_rows + embedded_rows, block_size, device
+        ),
         samples=tuple(samples),
         sample_rows=tuple(sample_rows),
         prompts=tuple(prompts),
+        scored=tuple(scored),
+        embedded=tuple(embedded),
     )
 
 

@@ -13,6 +13,7 @@ from qwen_ray.core.step import StepBatch, StepResult
 from qwen_ray.grammar.matcher import GrammarCompiler
 from qwen_ray.models.stage import Stage
 from qwen_ray.worker.grammars import GrammarMasks
+from qwen_ray.worker.pooling import embed, score
 from qwen_ray.worker.prepare import prepare
 from qwen_ray.worker.sampler import describe_prompts, sample
 from qwen_ray.worker.sequences import SequenceTable
@@ -53,14 +54,21 @@ class Runner:
             return StepResult(step_id=batch.step_id) if samples else None
         prepared = prepare(batch.chunks, states, block_size=self._block_size, device=self._device)
         masks = self._grammars.start(prepared.samples if samples else ())
-        logits = self._model(prepared.forward)
-        if not samples:
+        hidden = self._model.hidden(prepared.forward)
+        if hidden is None:
+            return None
+        num_logits = len(hidden) - len(prepared.embedded)
+        logits = self._model.logits(hidden[:num_logits])
+        if logits is None:
             return None
         prompts = describe_prompts(logits, prepared.prompts)
-        rows = logits[list(prepared.sample_rows)] if prepared.prompts else logits
+        num_own = num_logits - len(prepared.scored)
+        rows = logits[list(prepared.sample_rows)] if prepared.prompts else logits[:num_own]
+        sampled = sample(rows, prepared.samples, masks.result()) if prepared.samples else []
+        scores = score(logits[num_own:], prepared.scored)
         return StepResult(
             step_id=batch.step_id,
-            samples=tuple(sample(rows, prepared.samples, masks.result())) if prepared.samples else (),
+            samples=(*sampled, *scores, *embed(hidden[num_logits:], prepared.embedded)),
             prompt_logprobs=tuple(prompts),
         )
 

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qwen_ray.core.pooling import Pooling
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.step import NewSequence, StepBatch
 from qwen_ray.worker.grammar_place import GrammarPlace
@@ -50,6 +51,7 @@ class SequenceState:
     seed: int
     stop_token_ids: tuple[int, ...]
     blocks: array[int]
+    pooling: Pooling | None = None
     grammar_place: GrammarPlace | None = None
     _counts: TokenCounts | None = None
     _thinking: ThinkingBudget | None = None
@@ -64,6 +66,7 @@ class SequenceState:
             seed=new.seed,
             stop_token_ids=new.stop_token_ids,
             blocks=array("q"),
+            pooling=new.pooling,
         )
 
     @property

@@ -68,8 +68,15 @@ def open_checkpoint(
     is_gguf = path.suffix == ".gguf" if load_format == "auto" else load_format == "gguf"
     if is_gguf and not path.is_file():
         raise CheckpointError(f"{path}: a GGUF checkpoint must be one file; there is none.")
-    stored = open_gguf(path, config) if is_gguf else open_safetensors(path)
+    stored = open_gguf(path, config) if is_gguf else with_head_names(open_safetensors(path))
     return FileCheckpoint(unstacked(stored), path, config, dtype, on_read)
+
+
+def with_head_names(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Of a model saved without its head, as embedding models are, tensors lack the `model.` of one with a head."""
+    if "embed_tokens.weight" not in stored:
+        return stored
+    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in stored.items()}
 
 
 class FileCheckpoint:

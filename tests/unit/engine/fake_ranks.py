@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from qwen_ray.core.errors import RankFailed
 from qwen_ray.core.plan import EngineConfig
+from qwen_ray.core.pooling import Pooling
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenLogprobs
 from qwen_ray.core.step import Chunk, NewSequence, PromptLogprobs, Sample, StepBatch, StepResult
 
@@ -47,11 +48,17 @@ def masked(num_output_tokens: int, sampling: SamplingParams, stop_token_ids: tup
     return stop_token_ids if num_output_tokens < sampling.min_tokens else ()
 
 
+def pooled(context: int, pooling: Pooling) -> bytes:
+    return f"{context} {pooling.token_ids}".encode()
+
+
 def alone(request: GenerateRequest, config: EngineConfig) -> tuple[list[int], str]:
     """What a request must give: all output tokens and the finish reason, by definition and not by scheduling."""
     prompt, output = list(request.prompt_token_ids), list(request.output_token_ids)
     max_len = min(config.max_model_len, config.num_kv_tokens + 1)
     max_tokens = request.sampling.max_tokens or max_len
+    if request.pooling is not None:
+        return output, "error" if request.seed == LETHAL else "stop"
     while True:
         if (request.seed, len(output)) in ((POISON, 1), (LETHAL_LATER, 2)) or request.seed == LETHAL:
             return output, "error"
@@ -189,6 +196,8 @@ class FakeRank:
             return Sample(sequence_id=chunk.sequence_id, token_id=0, error="logits are not finite")
         mask = masked(num_output, seq.new.sampling, seq.new.stop_token_ids)
         context = self.slots[self._slot(seq, len(seq.token_ids) - 1)]
+        if seq.new.pooling is not None:
+            return Sample(sequence_id=chunk.sequence_id, pooled=pooled(context, seq.new.pooling))
         token = draw(context, seq.new.seed, mask)
         logprobs = None if seq.new.sampling.logprobs is None else TokenLogprobs(token_id=token, logprob=-1.0)
         return Sample(sequence_id=chunk.sequence_id, token_id=token, logprobs=logprobs)

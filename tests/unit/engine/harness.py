@@ -12,7 +12,7 @@ from qwen_ray.core.stats import RequestTimes
 from qwen_ray.core.step import StepBatch, StepResult
 from qwen_ray.engine.scheduler import Scheduler
 from qwen_ray.engine.sequence import Sequence
-from tests.unit.engine.fake_ranks import FakeRanks, alone
+from tests.unit.engine.fake_ranks import FakeRanks, alone, context_of, pooled
 
 
 def request(name: str, prompt: list[int] | range, *, max_tokens: int | None = 8, seed: int = 1) -> GenerateRequest:
@@ -166,6 +166,8 @@ class Harness:
             assert got == tokens[: len(got)]
         else:
             assert (got, end.finish_reason) == (tokens, reason)
+            if one.pooling is not None and reason == "stop":
+                assert end.pooled == pooled(context_of(list(one.prompt_token_ids)), one.pooling)
 
     def check_books(self) -> None:
         """Blocks of every dp rank against the tables of those that run on it."""

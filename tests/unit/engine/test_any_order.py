@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qwen_ray.core.errors import ContextLengthExceeded, Overloaded
 from qwen_ray.core.plan import EngineConfig
+from qwen_ray.core.pooling import Pooling
 from qwen_ray.core.request import GenerateRequest, SamplingParams
 from tests.unit.engine.fake_ranks import LETHAL, LETHAL_LATER, POISON, alone
 from tests.unit.engine.harness import Harness
@@ -61,6 +62,7 @@ class AnyOrder(RuleBasedStateMachine):
         tenant=st.sampled_from(["a", "b", "c"]),
         time_left=st.sampled_from([None, None, None, 0.0, 2.0]),
         is_suspect=st.sampled_from([False, False, False, True]),
+        pooling=st.sampled_from([None, None, None, Pooling(), Pooling(token_ids=(3, 1))]),
     )
     def arrive(
         self,
@@ -75,6 +77,7 @@ class AnyOrder(RuleBasedStateMachine):
         tenant: str,
         time_left: float | None,
         is_suspect: bool,
+        pooling: Pooling | None,
     ) -> None:
         new = GenerateRequest(
             request_id=f"r{len(self.harness.requests)}",
@@ -87,9 +90,10 @@ class AnyOrder(RuleBasedStateMachine):
             weight=2.0 if tenant == "a" else 1.0,
             deadline=None if time_left is None else self.harness.now + time_left,
             is_suspect=is_suspect,
+            pooling=pooling,
         )
         tokens, _ = alone(new, self.harness.config)
-        if len(tokens) > earlier:
+        if len(tokens) > earlier > 0:
             new = new.resumed(tuple(tokens[:earlier]))
         try:
             self.harness.add(new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from qwen_ray.cluster.channel import Channel, Listener, connect, listen
 from qwen_ray.cluster.directory import Entry
 from qwen_ray.config import HttpSettings
 from qwen_ray.core.plan import EngineConfig
+from qwen_ray.core.pooling import Pooling
 from qwen_ray.core.request import GenerateRequest, TokenDelta, TokenLogprobs
 from qwen_ray.core.step import NewSequence, PromptLogprobs, Sample, StepBatch, StepResult
 from qwen_ray.engine.engine import Engine
+from qwen_ray.engine.executor import Executor
 from qwen_ray.grammar.checker import GrammarChecker
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
@@ -104,12 +107,21 @@ class Reciter:
                 of_prompts.append(
                     PromptLogprobs(sequence_id=chunk.sequence_id, start=chunk.start + 1, entries=tuple(entries))
                 )
-            if end == len(tokens):
+            if end == len(tokens) and new.pooling is not None:
+                samples.append(Sample(sequence_id=chunk.sequence_id, pooled=pooled(tokens, new.pooling)))
+            elif end == len(tokens):
                 token = self.tokens[len(tokens) - new.num_prompt_tokens]
                 count = new.sampling.logprobs
                 logprobs = None if count is None else _logprobs(token, count)
                 samples.append(Sample(sequence_id=chunk.sequence_id, token_id=token, logprobs=logprobs))
         return StepResult(step_id=batch.step_id, samples=tuple(samples), prompt_logprobs=tuple(of_prompts))
+
+
+def pooled(tokens: list[int], pooling: Pooling) -> bytes:
+    """Depends on all tokens: a vector of four numbers, or logits."""
+    if pooling.token_ids:
+        return array("f", [sum(tokens) % 7 + token % 3 for token in pooling.token_ids]).tobytes()
+    return array("f", [tokens[0] - 100, tokens[-1] - 100, len(tokens), sum(tokens) % 100]).tobytes()
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:
@@ -120,13 +132,13 @@ def _logprobs(token: int, count: int) -> TokenLogprobs:
 class FakeReplica:
     """As `replica.Replica`, without Serve and Ray."""
 
-    def __init__(self, name: str, tokens: list[int], config: EngineConfig) -> None:
+    def __init__(self, name: str, tokens: list[int], config: EngineConfig, executor: Executor | None = None) -> None:
         self.name = name
         self.state: ReplicaState = "ready"
         self.ranks = Reciter(tokens)
         self.recorder = ReplicaRecorder("tiny", name)
         self.requests: list[GenerateRequest] = []
-        self.engine = Engine(config, self.ranks, self._publish, self.recorder.step, self.recorder.finished)
+        self.engine = Engine(config, executor or self.ranks, self._publish, self.recorder.step, self.recorder.finished)
         self.sessions = Sessions(self._add, self.engine.abort, self.status, self._answer)
         self.channels: list[Channel[Any]] = []
         self.deltas_until_death: int | None = None
@@ -208,7 +220,11 @@ class Server:
         text: str = TEXT,
         http: HttpSettings = HTTP,
         audit: AuditLog | None = None,
+        about: dict[str, Any] | None = None,
+        executor: Executor | None = None,
     ) -> None:
+        self.executor = executor  # in place of ranks that recite
+        self.about = about or {}  # more fields of the Model
         self.tokenizer = tokenizer
         self.config = config
         self.text = text  # what its replicas say
@@ -234,9 +250,10 @@ class Server:
             source="nowhere",
             created=1,
             fingerprint="fp_test",
-            vocab_size=VOCAB_SIZE,
+            vocab_size=self.tokenizer.vocab_size,
             max_model_len=self.config.max_model_len,
             eos_token_ids=(EOS,),
+            **self.about,
         )
         fleet = Fleet("one", self.dispatcher, self.recorder, self._find_ingresses, self._connect)
         self.service = Service(
@@ -262,7 +279,7 @@ class Server:
         return self
 
     async def add_replica(self, name: str) -> FakeReplica:
-        replica = await FakeReplica(name, self.tokenizer.encode(self.text), self.config).start()
+        replica = await FakeReplica(name, self.tokenizer.encode(self.text), self.config, self.executor).start()
         self.replicas.append(replica)
         return replica
 
@@ -321,12 +338,12 @@ async def server(tokenizer: OurTokenizer, engine_config: EngineConfig) -> AsyncI
 async def start_server(
     tokenizer: OurTokenizer, engine_config: EngineConfig
 ) -> AsyncIterator[Callable[..., Awaitable[Server]]]:
-    """For servers with settings of their own: the arguments of Server after the first two."""
+    """For servers with settings of their own: the arguments of Server, of which the second is given."""
     started: list[Server] = []
 
-    async def start(**options: Any) -> Server:
-        started.append(Server(tokenizer, engine_config, **options))
-        return await started[-1].start(num_replicas=1)
+    async def start(*, num_replicas: int = 1, **options: Any) -> Server:
+        started.append(Server(config=engine_config, **{"tokenizer": tokenizer, **options}))
+        return await started[-1].start(num_replicas)
 
     yield start
     for server in started:

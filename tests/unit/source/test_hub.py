@@ -103,6 +103,12 @@ def test_fetches_weights_and_texts_but_no_code_and_tells_nothing_of_itself(fake:
     assert all(what == "download own/m" and done <= total for done, total, what in calls)
 
 
+def test_of_folders_those_of_sentence_transformers_modules_come_too(fake: FakeHub, tmp_path: Path) -> None:
+    fake.files |= {"1_Pooling/config.json": b"{}", "onnx/config.json": b"{}", "2_Dense/model.safetensors": b"w"}
+    folder = hub.fetch("own/m", tmp_path, endpoint=fake.url)
+    assert [path.relative_to(folder).as_posix() for path in folder.glob("*/*")] == ["1_Pooling/config.json"]
+
+
 def test_what_is_cached_needs_no_network(fake: FakeHub, tmp_path: Path) -> None:
     folder = hub.fetch("own/m", tmp_path, endpoint=fake.url)
     fake.requests.clear()
