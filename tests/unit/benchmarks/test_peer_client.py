@@ -27,7 +27,7 @@ def _used(count: int) -> dict[str, object]:
     return {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": count}}
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.lists(st.integers(1, 40), min_size=1))
 def test_tokens_are_counted_however_the_stream_is_cut(counts: list[int], sizes: list[int]) -> None:
     data = _stream(*(_ids(*range(n)) for n in counts), _used(sum(counts)))

@@ -54,7 +54,7 @@ def test_a_mixture_of_experts_has_two_workloads_and_servers_that_cannot_are_left
     assert [(s.server, s.workloads) for s in pending(wanted, PEERS, Results())] == [("llama.cpp", ("W1", "W2"))]
 
 
-@settings(max_examples=30)
+@settings(max_examples=8)
 @given(st.data())
 def test_a_broken_off_run_does_the_rest_and_nothing_twice(data: st.DataObject) -> None:
     results = Results()
