@@ -20,7 +20,7 @@ RELEASE = "0.3.36"  # of llama-cpp-python
 FOLDER = place.BENCH / "src"
 BUILD = FOLDER / "llama-build"
 SOURCE = FOLDER / f"llama_cpp_python-{RELEASE}" / "vendor/llama.cpp"
-TARGETS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-quantize")
+TARGETS = ("llama-server", "llama-quantize")
 SWITCHED_ON = (
     *("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AVX_VNNI", "AVX2", "FMA", "F16C", "BMI2"),
     *("AMX_TILE", "AMX_INT8", "AMX_BF16"),
@@ -41,12 +41,7 @@ class LlamaCpp:
 
     def prepare(self, model: str, precision: str, log: IO[bytes]) -> None:
         _build(log)
-        bf16 = _gguf(model, "bf16")
-        if not bf16.exists():
-            # The project's own environment has all that the converter imports.
-            convert = [sys.executable, SOURCE / "convert_hf_to_gguf.py", checkpoint.make(model), "--outtype", "bf16"]
-            with place.made_whole(bf16) as partial:
-                place.run([*convert, "--outfile", partial], log=log, PYTHONPATH=str(SOURCE / "gguf-py"))
+        bf16 = _converted(model, log)
         target = _gguf(model, precision)
         if not target.exists():
             with place.made_whole(target) as partial:
@@ -67,6 +62,19 @@ class LlamaCpp:
 
 def _gguf(model: str, precision: str) -> Path:
     return place.converted(model, f"{FORMATS[precision]}.gguf")
+
+
+def _converted(model: str, log: IO[bytes]) -> Path:
+    target = _gguf(model, "bf16")
+    if not target.exists():
+        # The project's own environment has all else that the converter imports.
+        more = place.environment("llama_cpp_converter")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", more]
+        place.run([*pip, "-r", place.PINS / "llama_cpp_converter.txt"], log=log)
+        with place.made_whole(target) as partial:
+            convert = [sys.executable, SOURCE / "convert_hf_to_gguf.py", checkpoint.make(model), "--outtype", "bf16"]
+            place.run([*convert, "--outfile", partial], log=log, PYTHONPATH=f"{SOURCE / 'gguf-py'}:{more}")
+    return target
 
 
 def _build(log: IO[bytes]) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import IO
 
 from benchmarks.peers import checkpoint, environments, place
-from benchmarks.peers.peer import Launch
+from benchmarks.peers.peer import KV_GIB, Launch
 
 ENVIRONMENT = "openvino"
-KV_CACHE_GIB = 2
 WEIGHTS = {
     "bf16": (),
     "int8": ("--weight-format", "int8"),
@@ -41,7 +40,7 @@ class OpenVino:
         folder = place.converted(model, f"openvino-{precision}")
         server = (str(environments.python(ENVIRONMENT)), "-m", "benchmarks.peers.openvino_server")
         return Launch(
-            arguments=(*server, str(folder), str(port), str(KV_CACHE_GIB)),
+            arguments=(*server, str(folder), str(port), str(KV_GIB)),
             model=model,
             environment={"PYTHONPATH": str(place.ROOT)},
         )

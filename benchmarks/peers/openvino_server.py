@@ -1,6 +1,6 @@
 """OpenVINO GenAI's continuous batching behind the smallest server. Runs in that peer's environment.
 
-python -m benchmarks.peers.openvino_server FOLDER PORT KV_CACHE_GIB
+python -m benchmarks.peers.openvino_server FOLDER PORT KV_GIB
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Tokens = asyncio.Queue[list[int]]
 class Pipeline:
     """Requests come in over a queue and are stepped on one thread; tokens go back to the event loop."""
 
-    def __init__(self, folder: str, kv_cache_gib: int) -> None:
+    def __init__(self, folder: str, kv_gib: int) -> None:
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.cache_size = kv_cache_gib
+        scheduler.cache_size = kv_gib
         scheduler.enable_prefix_caching = True
         scheduler.max_num_seqs = 256
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU")
@@ -64,8 +64,8 @@ class Pipeline:
             ]
 
 
-async def main(folder: str, port: str, kv_cache_gib: str) -> None:
-    await serve(Pipeline(folder, int(kv_cache_gib)), int(port))
+async def main(folder: str, port: str, kv_gib: str) -> None:
+    await serve(Pipeline(folder, int(kv_gib)), int(port))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from typing import IO
 
 from benchmarks.peers import checkpoint, place
-from benchmarks.peers.peer import CONTEXT, Launch
-
-KV_CACHE = "2GiB"
+from benchmarks.peers.peer import CONTEXT, KV_GIB, Launch
 
 
 class QwenRay:
@@ -39,7 +37,7 @@ class QwenRay:
             arguments=(
                 *(sys.executable, "-m", "qwen_ray.cli", "serve", str(checkpoint.make(model)), "--dtype", "bfloat16"),
                 *("--served-model-name", model, "--port", str(port), "--max-model-len", str(CONTEXT)),
-                *("--kv-cache-memory", KV_CACHE, *quantization, *self._options),
+                *("--kv-cache-memory", f"{KV_GIB}GiB", *quantization, *self._options),
             ),
             model=model,
             extra_body={"return_token_ids": True},

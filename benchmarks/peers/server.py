@@ -21,7 +21,7 @@ from qwen_ray.commands import process_tree
 START_SECONDS = 900.0
 STOP_SECONDS = 30.0
 ASK_EVERY = 0.05
-WATCH_EVERY = 0.5
+WATCH_EVERY = 1.0
 FIRST_PROMPT = [1000, 2000, 3000, 4000]
 KIB = 1024
 
@@ -97,10 +97,13 @@ async def _first_token(endpoint: Endpoint, pid: int) -> None:
 
 
 async def _watch(pid: int, memory: Memory) -> None:
-    while True:
+    def look() -> None:
         tree = _tree(pid)
         memory.rss = max(memory.rss, sum(_kib(one, "status", "VmRSS:") for one in tree) * KIB)
         memory.largest = max(memory.largest, *(_kib(one, "status", "VmHWM:") * KIB for one in tree))
+
+    while True:
+        await asyncio.to_thread(look)  # the loop takes the time of chunks meanwhile
         await asyncio.sleep(WATCH_EVERY)
 
 

@@ -45,7 +45,7 @@ async def run(bench: Bench, session: Session, peer: Peer) -> str | None:
             launch = peer.launch(session.model, session.precision, port)
             async with server.running(launch, port, log) as up:
                 seconds = up.seconds_to_first_token
-                recorder.keep(START, {"seconds": seconds}, seconds)
+                recorder.keep(START, {"first_token_s": seconds}, seconds)
                 await _measure(recorder, up)
         except* (RequestFailed, TimeoutError, RuntimeError, OSError) as errors:
             failure = f"{_first(errors)}; see {path}"
@@ -56,6 +56,7 @@ async def run(bench: Bench, session: Session, peer: Peer) -> str | None:
 
 async def _measure(recorder: _Recorder, up: server.Running) -> None:
     bench, session = recorder.bench, recorder.session
+    gc.freeze()  # a collection of all that torch has brought would be a pause in what is measured
     await warm_up(up.send, f"{session.round}")
     for name in session.workloads:
         rate = arrival_rate(bench.results, session.model, session.precision, bench.servers, short=bench.is_short)

