@@ -28,7 +28,6 @@ SHORT_RESULTS = place.BENCH / "short.json"
 
 
 def main() -> None:
-    this_machine.take_thread_environment()
     arguments = _arguments()
     wanted = Wanted(
         servers=arguments.servers,
@@ -48,6 +47,7 @@ def main() -> None:
         _show_plan(sessions, results)
         if arguments.dry_run:
             return
+        results.save(path)  # what is forgotten stays so
         bench = session.Bench(
             results=results,
             path=path,

