@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,11 +56,17 @@ def main() -> None:
             servers=arguments.servers,
             is_short=arguments.short,
         )
-        asyncio.run(_measure(bench, sessions))
+        try:
+            asyncio.run(_measure(bench, sessions))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            sys.exit("stopped; the same command goes on from here")
     print(render(results, arguments.servers, arguments.models, _weight_bytes(arguments.models)))
 
 
 async def _measure(bench: session.Bench, sessions: Sequence[session.Session]) -> None:
+    me = asyncio.current_task()
+    assert me is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)  # as Ctrl-C: no server stays
     bench.results.machine = this_machine.describe()
     broken: set[tuple[str, str, str]] = set()  # what failed once is left alone until the next run
     for number, one in enumerate(sessions, 1):

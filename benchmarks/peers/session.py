@@ -15,7 +15,7 @@ from benchmarks.peers import place, server
 from benchmarks.peers.client import RequestFailed
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.results import MEMORY, START, Cell, Results, failure_name
-from benchmarks.peers.schedule import Session, arrival_rate
+from benchmarks.peers.schedule import ARRIVING, SATURATING, Session, arrival_rate
 from benchmarks.peers.workloads import Workload, warm_up
 from qwen_ray.commands.ports import free_ports
 
@@ -47,7 +47,7 @@ async def run(bench: Bench, session: Session, peer: Peer) -> str | None:
                 seconds = up.seconds_to_first_token
                 recorder.keep(START, {"first_token_s": seconds}, seconds)
                 await _measure(recorder, up)
-        except* (RequestFailed, TimeoutError, RuntimeError, OSError) as errors:
+        except* (RequestFailed, TimeoutError, RuntimeError, OSError, ValueError) as errors:
             failure = f"{_first(errors)}; see {path}"
             bench.results.failures[name] = failure
     bench.results.save(bench.path)
@@ -59,7 +59,11 @@ async def _measure(recorder: _Recorder, up: server.Running) -> None:
     gc.freeze()  # a collection of all that torch has brought would be a pause in what is measured
     await warm_up(up.send, f"{session.round}")
     for name in session.workloads:
-        rate = arrival_rate(bench.results, session.model, session.precision, bench.servers, short=bench.is_short)
+        rate = None
+        if name == ARRIVING:
+            rate = arrival_rate(bench.results, session.model, session.precision, bench.servers, short=bench.is_short)
+            if rate is None:
+                raise RuntimeError(f"{ARRIVING} arrives at a part of {SATURATING}'s rate: run {SATURATING} first")
         begun = time.perf_counter()
         figures = await bench.workloads[name].run(up.send, f"{name}-{session.round}", rate)
         recorder.keep(name, figures, time.perf_counter() - begun)

@@ -54,7 +54,9 @@ def tokens(seed: str, count: int) -> Prompt:
 async def at_once(send: Send, prompts: Sequence[Prompt], num_output: int) -> tuple[list[Answer], float]:
     """All answers, and the seconds from the first request to the last token."""
     begun = time.perf_counter()
-    answers = await asyncio.gather(*(send(prompt, num_output) for prompt in prompts))
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(_sent(send, prompt, num_output)) for prompt in prompts]
+    answers = [task.result() for task in running]
     return answers, max(answer.ended for answer in answers) - begun
 
 
