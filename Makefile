@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 UNIT_TIER := -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py tests/unit
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test test-clients check chaos bench bench-moe clean help
+.PHONY: install dev serve test test-clients check chaos bench bench-moe bench-peers clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
@@ -29,6 +29,7 @@ help:
 	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
 	@echo "make bench [ARGS='--concurrency 8']     load the server that is running"
 	@echo "make bench-moe                          decode a mixture of experts on this CPU, beside its memory's bandwidth"
+	@echo "make bench-peers [ARGS='--dry-run']     beside llama.cpp, vLLM, OpenVINO and transformers on this CPU; resumable"
 	@echo "make clean                              remove .venv and what tools left behind"
 
 install: $(VENV)/.installed
@@ -78,6 +79,9 @@ bench: install
 
 bench-moe: install
 	@$(BIN)/python benchmarks/moe.py $(ARGS)
+
+bench-peers: dev
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist .ruff_cache .hypothesis

@@ -26,6 +26,7 @@ import torch
 from in_process import PROMPT_TOKENS, Bench, is_decode, step_seconds
 from rich.console import Console
 from rich.table import Table
+from shapes import MOE
 from step_profile import PartTime, StepProfile, lost, parts_table
 
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
@@ -33,25 +34,6 @@ from qwen_ray.core.stats import StepStats
 from qwen_ray.machine import num_cores
 from qwen_ray.source.config_file import load_config
 
-RAW_CONFIG: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 384,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32_768,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
 ELEMENT_BYTES = 2  # bf16
 SKIPPED_STEPS = 2  # decoding, before a step is profiled
 
@@ -146,7 +128,7 @@ class Measured:
 
 
 def make_spec(directory: Path) -> ReplicaSpec:
-    (directory / "config.json").write_text(json.dumps(RAW_CONFIG))
+    (directory / "config.json").write_text(json.dumps(MOE))
     config = load_config(directory)
     most = max(WORKLOADS, key=lambda w: w.num_sequences * (PROMPT_TOKENS + w.num_output_tokens))
     tokens = PROMPT_TOKENS + max(w.num_output_tokens for w in WORKLOADS)
@@ -241,7 +223,7 @@ def report(bench: Bench, measured: list[Measured], seconds: float) -> dict[str, 
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "seconds": seconds,
         "num_threads": bench.spec.num_threads,
-        "config": RAW_CONFIG,
+        "config": MOE,
         "num_parameters": config.num_parameters,
         "num_active_parameters": config.num_active_parameters,
         "workloads": [

@@ -23,7 +23,7 @@ ENVIRONMENT: dict[str, str] = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # A dead proxy is missed after three looks; by default that is half a minute without a way in.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # After three looks of so many seconds, 5 by default, Serve ends a proxy that is not ready: a busy machine takes longer.
+    # Serve ends a proxy that is not ready after three looks of so many seconds. A busy machine takes longer than 5.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # A request whose ingress went away before it said anything goes to another one; replicas forget the first.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
