@@ -55,7 +55,7 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary:
         named = [token for token, kind in zip(tokens, kinds, strict=False) if kind == number]
         added = [AddedToken(token, special=special, normalized=False) for token in named]
         backend.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
-    _add_bos(backend, header, tokens, default=rule == "llama3")
+    _add_ends(backend, header, tokens, default_bos=rule == "llama3")
     return Vocabulary(
         backend=backend,
         eos_token_ids=header.eos_token_ids,
@@ -99,13 +99,19 @@ def _pre_tokenizer(rule: str) -> pre_tokenizers.PreTokenizer:
     return byte_level
 
 
-def _add_bos(backend: Tokenizer, header: GgufHeader, tokens: list[str], *, default: bool) -> None:
-    bos = header.metadata.get("tokenizer.ggml.bos_token_id")
-    if bos is None or bos >= len(tokens) or not header.metadata.get("tokenizer.ggml.add_bos_token", default):
-        return
-    backend.post_processor = processors.TemplateProcessing(
-        single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
-    )
+def _add_ends(backend: Tokenizer, header: GgufHeader, tokens: list[str], *, default_bos: bool) -> None:
+    """What goes before and after every text, as the file says: a begin token, and for embeddings an end token."""
+
+    def wanted(name: str, default: bool) -> list[tuple[str, int]]:
+        index = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        is_wanted = header.metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+        return [(tokens[index], index)] if is_wanted and index is not None and index < len(tokens) else []
+
+    bos, eos = wanted("bos", default_bos), wanted("eos", False)
+    if bos or eos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*(name for name, _ in bos), "$A", *(name for name, _ in eos)], special_tokens=list({*bos, *eos})
+        )
 
 
 def _chat_templates(metadata: dict[str, Any]) -> dict[str, str]:

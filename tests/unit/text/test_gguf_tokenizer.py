@@ -66,6 +66,13 @@ def test_begin_token_only_where_asked_for(write_gguf: WriteGguf, pre: str, add_b
     assert tokenizer.encode("a", add_special_tokens=False)[0] != 0
 
 
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_end_token_behind_every_text_where_asked_for(write_gguf: WriteGguf, add_bos: bool) -> None:
+    tokenizer = Tokenizer.load(write_gguf(ggml_add_bos_token=add_bos, ggml_add_eos_token=True))
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    assert tokenizer.encode("a") == [*([0] if add_bos else []), *plain, 1]
+
+
 def test_chat_template_and_special_tokens(write_gguf: WriteGguf) -> None:
     path = write_gguf(chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
     assert Tokenizer.load(path).render_chat([{"role": "user", "content": "hi"}]) == "<|begin|>hi<|end|>"
