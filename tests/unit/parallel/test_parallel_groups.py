@@ -216,7 +216,8 @@ def test_abort_ends_a_wait_here_and_on_the_peers(make: Make, operation: str) -> 
     on_all(3, work)
     timer.join()
     with pytest.raises(ConnectionError):
-        OPERATIONS[operation](members[0])
+        for _ in range(2):  # the others' parts may have come before they were told: then the first is done
+            OPERATIONS[operation](members[0])
     for member in members:
         member.close()
 
