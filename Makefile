@@ -67,6 +67,7 @@ check: dev
 test: dev
 	$(PYTEST) $(UNIT_TIER)
 	$(PYTEST) $(NO_GPU_TIER) -m "not chaos" --ignore=tests/unit --ignore=tests/clients tests
+	$(PYTEST) -m chaos tests/chaos -k again_and_again
 
 test-clients: dev
 	$(PYTEST) tests/clients $(ARGS)
