@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -215,9 +216,10 @@ def test_abort_ends_a_wait_here_and_on_the_peers(make: Make, operation: str) -> 
 
     on_all(3, work)
     timer.join()
+    with suppress(ConnectionError):  # it is done where the others' parts had come before they were told
+        OPERATIONS[operation](members[0])
     with pytest.raises(ConnectionError):
-        for _ in range(2):  # the others' parts may have come before they were told: then the first is done
-            OPERATIONS[operation](members[0])
+        OPERATIONS[operation](members[0])
     for member in members:
         member.close()
 
