@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,41 @@ from qwen_ray.kernels.quantized import PackedWeight
 
 if TYPE_CHECKING:
     from qwen_ray.kernels.cpu.library import Library
+
+
+class LayerKernels(Protocol):
+    """Parts of a layer at once: what stands between its kernels costs more than they do, where x has few rows.
+
+    Matrices are as they are, or packed; results are this rank's part of the sum over tensor ranks, to the last bit what
+    the single kernels give.
+    """
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether these are for x [T, hidden]; if not, the single kernels are."""
+        ...
+
+    def mlp(
+        self, x: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight
+    ) -> torch.Tensor:
+        """[T, hidden] to [T, hidden], with gate_up [2 I, hidden] and down [hidden, I]."""
+        ...
+
+    def attention(
+        self,
+        x: torch.Tensor,
+        qkv: torch.Tensor | PackedWeight,
+        bias: torch.Tensor | None,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        plan: Any,
+        scale: float,
+        o: torch.Tensor | PackedWeight,
+    ) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]; `norms` of q and k, `angles` cosines and sines. Stores keys and values."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +71,7 @@ class Kernels:
     store_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     plan_attention: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...], int], Any]
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
+    of_layers: LayerKernels | None = None
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -73,6 +109,7 @@ class Kernels:
             run_experts=own.run_experts,
             plan_attention=own.plan_attention,
             paged_attention=own.paged_attention,
+            of_layers=own,
         )
 
 

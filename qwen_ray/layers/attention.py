@@ -29,6 +29,7 @@ class Attention(nn.Module):
         self.num_kv_heads = len(site.shard.kv_heads)
         self._kernels = site.kernels
         self._scale = config.head_dim**-0.5
+        self._eps = config.rms_norm_eps
         queries, keys = site.shard.heads.scaled(self.head_dim), site.shard.kv_heads.scaled(self.head_dim)
         parts = {
             "q_proj": (config.q_size, queries),
@@ -44,6 +45,29 @@ class Attention(nn.Module):
         """[T, hidden] to [T, hidden]; writes T keys and values into the cache."""
         if x.shape[0] == 0:
             return x
+        at_once = self._kernels.of_layers
+        if at_once is None or not at_once.takes(x):
+            return self.o_proj(self._attend(x, step))
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = self.q_norm.weight, self.k_norm.weight
+        out = at_once.attention(
+            x,
+            self.qkv_proj.held,
+            self.qkv_proj.bias,
+            norms,
+            self._eps,
+            (step.cos, step.sin),
+            self.kv_cache,
+            step.slots,
+            step.plan,
+            self._scale,
+            self.o_proj.held,
+        )
+        return self.o_proj.all_reduce(out)
+
+    def _attend(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+        """[T, hidden] to [T, this rank's heads * head_dim]."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # each [T, heads, D]
         if self.q_norm is not None and self.k_norm is not None:
@@ -52,7 +76,7 @@ class Attention(nn.Module):
         k_cache, v_cache = self.kv_cache
         self._kernels.store_kv(k, v, k_cache, v_cache, step.slots)
         out = self._kernels.paged_attention(q, k_cache, v_cache, step.plan, self._scale)
-        return self.o_proj(out.flatten(1))
+        return out.flatten(1)
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.qkv_proj.load(checkpoint, prefix)

@@ -48,13 +48,13 @@ class RowParallelLinear(Matrix):
 
     def __init__(self, site: Site, in_size: int, span: Span, out_size: int) -> None:
         super().__init__(site, out_size, len(span), layer_bits(site))
-        self._all_reduce = site.groups.tensor.all_reduce
+        self.all_reduce = site.groups.tensor.all_reduce
         self._shape = (out_size, in_size)
         self._span = span
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, this rank's inputs] to [T, out]."""
-        return self._all_reduce(self.partial(x))
+        return self.all_reduce(self.partial(x))
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """What this rank adds to the sum."""

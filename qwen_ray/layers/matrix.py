@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_ray.kernels import quantized
+from qwen_ray.kernels.quantized import PackedWeight
 from qwen_ray.layers.site import Site, weight
 
 
@@ -38,19 +39,24 @@ class Matrix(nn.Module):
         tensors = () if self.packed is None else self.packed.tensors
         self.parts = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
 
+    @property
+    def held(self) -> torch.Tensor | PackedWeight:
+        if self.packed is not None:
+            return self.packed
+        assert self.weight is not None, "either packed or not"
+        return self.weight
+
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[T, in] to [T, out]."""
-        if self.packed is not None:
-            return self._linear_packed(x, self.packed, bias)
-        assert self.weight is not None, "either packed or not"
-        return self._linear(x, self.weight, bias)
+        held = self.held
+        return self._linear(x, held, bias) if isinstance(held, torch.Tensor) else self._linear_packed(x, held, bias)
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """[T] to [T, in]."""
-        if self.packed is not None:
-            return quantized.look_up(self.packed, rows).to(self._dtype)
-        assert self.weight is not None, "either packed or not"
-        return F.embedding(rows, self.weight)
+        held = self.held
+        if isinstance(held, torch.Tensor):
+            return F.embedding(rows, held)
+        return quantized.look_up(held, rows).to(self._dtype)
 
     def take(self, start: int, part: torch.Tensor) -> None:
         """`part` [n, in] becomes the rows from `start` on."""

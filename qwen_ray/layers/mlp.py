@@ -17,19 +17,19 @@ class Mlp(nn.Module):
         super().__init__()
         parts = {"gate_proj": (size, own), "up_proj": (size, own)}
         self._silu_and_mul = site.kernels.silu_and_mul
+        self._at_once = site.kernels.of_layers
         self.gate_up_proj = ColumnParallelLinear(site, hidden_size, parts, bias=False)
         self.down_proj = RowParallelLinear(site, size, own, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
-        return self.down_proj(self._inner(x)) if x.shape[0] else x
+        return self.down_proj.all_reduce(self.partial(x)) if x.shape[0] else x
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """What this rank adds to the sum over all tensor ranks."""
-        return self.down_proj.partial(self._inner(x))
-
-    def _inner(self, x: torch.Tensor) -> torch.Tensor:
-        return self._silu_and_mul(self.gate_up_proj(x))
+        if self._at_once is not None and self._at_once.takes(x):
+            return self._at_once.mlp(x, self.gate_up_proj.held, self.down_proj.held)
+        return self.down_proj.partial(self._silu_and_mul(self.gate_up_proj(x)))
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.gate_up_proj.load(checkpoint, prefix)

@@ -6,6 +6,8 @@
 // neighbours, nor on whether it came by itself or in a chunk of a prompt. Nothing but a sequence's own tokens is read.
 #include <vector>
 
+#include "pointwise.h"
+#include "team.h"
 #include "tile.h"
 
 namespace {
@@ -25,6 +27,13 @@ struct Piece {
     int64_t sequence, kv_head, first, count;  // of the sequence's new tokens
     int64_t from, to;                         // of its cached ones, as far as the last of those new ones sees
     float* partial;                           // of each query; null: the piece has all parts
+};
+
+struct Work {
+    std::vector<Piece> pieces;
+    std::vector<int64_t> rooms;  // of each sequence's partial results, in floats
+    std::vector<float> partials;
+    int64_t size = 0;  // elements of scored keys
 };
 
 // What a thread works in.
@@ -272,60 +281,121 @@ struct Attention {
 
     bool is_cut(int64_t s) const { return counts[s] == 1 && lengths[s] > PART; }
 
-    void all(int num_threads) const {
+    Work cut() const {
         int64_t at_once = QUERIES / group() > 0 ? QUERIES / group() : 1;
-        std::vector<Piece> pieces;
-        std::vector<int64_t> rooms(num_sequences + 1);  // of each sequence's partial results, in floats
-        int64_t work = 0;
+        Work work;
+        work.rooms.resize(num_sequences + 1);
         for (int64_t s = 0; s < num_sequences; ++s) {
             int64_t num_parts = (lengths[s] + PART - 1) / PART;
-            rooms[s + 1] = rooms[s] + (is_cut(s) ? num_parts * heads * result_size() : 0);
-            work += counts[s] * lengths[s] * heads * dim;
+            work.rooms[s + 1] = work.rooms[s] + (is_cut(s) ? num_parts * heads * result_size() : 0);
+            work.size += counts[s] * lengths[s] * heads * dim;
         }
-        std::vector<float> partials(rooms[num_sequences]);
+        work.partials.resize(work.rooms[num_sequences]);
         for (int64_t s = 0; s < num_sequences; ++s) {
-            float* partial = partials.data() + rooms[s];
+            float* partial = work.partials.data() + work.rooms[s];
             for (int64_t kv = 0; kv < kv_heads; ++kv) {
                 for (int64_t from = 0; is_cut(s) && from < lengths[s]; from += PART, partial += group() * result_size())
-                    pieces.push_back({s, kv, 0, 1, from, lengths[s] < from + PART ? lengths[s] : from + PART, partial});
+                    work.pieces.push_back({s, kv, 0, 1, from, lengths[s] < from + PART ? lengths[s] : from + PART, partial});
                 // The last ones see most: first, so that no thread is left with a long one.
                 for (int64_t end = is_cut(s) ? 0 : counts[s]; end > 0; end -= at_once) {
                     int64_t count = end < at_once ? end : at_once;
-                    pieces.push_back({s, kv, end - count, count, 0, lengths[s] - counts[s] + end, nullptr});
+                    work.pieces.push_back({s, kv, end - count, count, 0, lengths[s] - counts[s] + end, nullptr});
                 }
             }
         }
-        int64_t num_pieces = pieces.size(), most = at_once * group();
-#pragma omp parallel num_threads(num_threads) if (work > MANY)
-        {
-            int64_t of_results = most * result_size();
-            std::vector<Line> lines((most * (dim + PART) + width() * BLOCK + 2 * of_results) / 16 + 1);
-            Room room{};
-            room.scores = lines.data()->floats;
-            room.block = room.scores + most * PART;
-            room.results = room.block + width() * BLOCK;
-            room.part = room.results + of_results;
-            room.queries = room.part + of_results;
+        return work;
+    }
+
+    // Of a team.
+    void all(Work& work) const {
+        int64_t num_pieces = work.pieces.size(), most = 0;
+        for (const Piece& piece : work.pieces) most = piece.count * group() > most ? piece.count * group() : most;
+        int64_t of_results = most * result_size();
+        std::vector<Line> lines((most * (dim + PART) + width() * BLOCK + 2 * of_results) / 16 + 1);
+        Room room{};
+        room.scores = lines.data()->floats;
+        room.block = room.scores + most * PART;
+        room.results = room.block + width() * BLOCK;
+        room.part = room.results + of_results;
+        room.queries = room.part + of_results;
 #pragma omp for schedule(dynamic)
-            for (int64_t p = 0; p < num_pieces; ++p) run(pieces[p], room);
+        for (int64_t p = 0; p < num_pieces; ++p) run(work.pieces[p], room);
+        if (work.partials.empty()) return;
 #pragma omp for schedule(dynamic)
-            for (int64_t s = 0; s < num_sequences; ++s)
-                if (is_cut(s)) join(s, partials.data() + rooms[s]);
-        }
+        for (int64_t s = 0; s < num_sequences; ++s)
+            if (is_cut(s)) join(s, work.partials.data() + work.rooms[s]);
     }
 };
 
+// What is done to queries and keys before, and where keys and values are put.
+template <class T>
+struct Heads {
+    const T *q_norm, *k_norm;  // null: none
+    float eps;
+    const T *cos, *sin;  // [rows, dim / 2]
+    const int64_t* slots;
+    T *keys, *values;
+    int64_t heads, kv_heads, dim;
+
+    // Head h of row t, of first all queries', then all keys', then all values'.
+    void prepare(int64_t t, int64_t h, T* from, T* q) const {
+        const T *norm = h < heads ? q_norm : k_norm, *own_cos = cos + t * (dim / 2), *own_sin = sin + t * (dim / 2);
+        int64_t cached = slots[t] * kv_heads * dim;
+        if (h >= heads + kv_heads) {
+            std::memcpy(values + cached + (h - heads - kv_heads) * dim, from, dim * sizeof(T));
+            return;
+        }
+        if (norm) norm_row(from, norm, eps, from, dim);
+        rotate_row(from, own_cos, own_sin, h < heads ? q + (t * heads + h) * dim : keys + cached + (h - heads) * dim, dim);
+    }
+};
+
+// Attention at once, projections and all; `attention.q` is room for its queries, as `attention.out` for what it gives.
+template <class T>
+void attend_whole(const T* x, int64_t x_stride, const Matrix& qkv, const Matrix& o, const Heads<T>& heads,
+                  const Attention<T>& attention, T* q, T* out, int64_t num_rows, int num_threads) {
+    int64_t num_heads = heads.heads + 2 * heads.kv_heads, dim = heads.dim;
+    std::unique_ptr<T[]> projected(new T[num_rows * num_heads * dim]);
+    auto work = attention.cut();
+#pragma omp parallel num_threads(num_threads) if (qkv.num_bytes() > WORTH_A_TEAM)
+    {
+        multiply(x, x_stride, qkv, projected.get(), num_rows);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num_rows * num_heads; ++i)
+            heads.prepare(i / num_heads, i % num_heads, projected.get() + i * dim, q);
+        attention.all(work);
+        multiply(attention.out, heads.heads * dim, o, out, num_rows);
+    }
+}
+
 }  // namespace
+
+// As `native.py` lays it out: the step's sequences, and where their tokens are cached.
+struct Sequences {
+    const int64_t *starts, *counts, *lengths, *tables;
+    int64_t table_width, num_sequences, block_size;
+};
 
 #define EXPORT(T, SUFFIX)                                                                                              \
     extern "C" void attend_##SUFFIX(const T* q, int64_t q_stride, const T* keys, const T* values,                      \
-                                    const int64_t* starts, const int64_t* counts, const int64_t* lengths,              \
-                                    const int64_t* tables, int64_t table_width, int64_t num_sequences,                 \
-                                    int64_t block_size, int64_t heads, int64_t kv_heads, int64_t dim, float scale,     \
+                                    const Sequences* s, int64_t heads, int64_t kv_heads, int64_t dim, float scale,     \
                                     T* out, int num_threads) {                                                         \
-        Attention<T>{q,           q_stride,      keys,       values, starts,   counts, lengths, tables,                \
-                     table_width, num_sequences, block_size, heads,  kv_heads, dim,    scale,   out}                   \
-            .all(num_threads);                                                                                         \
+        Attention<T> attention{q,         q_stride,  keys,           values,           s->starts,     s->counts,       \
+                               s->lengths, s->tables, s->table_width, s->num_sequences, s->block_size, heads,           \
+                               kv_heads,  dim,       scale,          out};                                             \
+        auto work = attention.cut();                                                                                   \
+        _Pragma("omp parallel num_threads(num_threads) if (work.size > MANY)") attention.all(work);                    \
+    }                                                                                                                  \
+    extern "C" void attend_whole_##SUFFIX(                                                                             \
+        const T* x, int64_t x_stride, const Matrix* qkv, const Matrix* o, const T* q_norm, const T* k_norm, float eps, \
+        const T* cos, const T* sin, const int64_t* slots, T* keys, T* values, const Sequences* s, int64_t heads,       \
+        int64_t kv_heads, int64_t dim, float scale, T* out, int64_t num_rows, int num_threads) {                       \
+        std::unique_ptr<T[]> q(new T[num_rows * heads * dim]), attended(new T[num_rows * heads * dim]);                \
+        Attention<T> attention{q.get(),    heads * dim, keys,           values,           s->starts,     s->counts,    \
+                               s->lengths, s->tables,   s->table_width, s->num_sequences, s->block_size, heads,        \
+                               kv_heads,   dim,         scale,          attended.get()};                               \
+        Heads<T> own{q_norm, k_norm, eps, cos, sin, slots, keys, values, heads, kv_heads, dim};                        \
+        attend_whole(x, x_stride, *qkv, *o, own, attention, q.get(), out, num_rows, num_threads);                      \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

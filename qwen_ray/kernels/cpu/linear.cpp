@@ -1,15 +1,16 @@
 // out = x w^T + bias, one thread to a piece of the weights' rows.
+#include "team.h"
 #include "tile.h"
 
 namespace {
 
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of weights that a thread takes at a time
 constexpr int64_t MOST_ROWS = 256;          // of x that are widened at once, if all of them stay in a cache
-constexpr int64_t MANY_ROWS = 16;           // that are worth several threads for that
 
 template <class T>
-void linear(const T* x, int64_t x_stride, const T* w, int64_t w_stride, const T* bias, T* out, int64_t num_rows,
-            int64_t out_size, int64_t size, int num_threads) {
+void multiply_plain(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+    const T *values = (const T*)w.values, *bias = (const T*)w.bias;
+    int64_t size = w.size, out_size = w.out_size, w_stride = w.row_bytes / int64_t(sizeof(T));
     int64_t piece = PIECE_BYTES / (size * int64_t(sizeof(T)) + 1) / ROWS * ROWS;
     piece = piece < ROWS ? ROWS : piece;
     int64_t num_pieces = (out_size + piece - 1) / piece;
@@ -17,14 +18,13 @@ void linear(const T* x, int64_t x_stride, const T* w, int64_t w_stride, const T*
     at_once = at_once < COLUMNS ? COLUMNS : at_once > MOST_ROWS ? MOST_ROWS : at_once;
     for (int64_t begin = 0; begin < num_rows; begin += at_once) {
         int64_t count = num_rows - begin < at_once ? num_rows - begin : at_once;
-        Widened<T> wide(count, size);
-#pragma omp parallel for num_threads(num_threads) if (count > MANY_ROWS)
-        for (int64_t c = 0; c < count; ++c) wide.take(c, x + (begin + c) * x_stride);
+        auto take = [&](Widened<T>& to, int64_t c) { to.take(c, x + (begin + c) * x_stride); };
+        auto wide = made_ready<Widened<T>>(count, take, size);
         T* to = out + begin * out_size;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_pieces > 1)
+#pragma omp for schedule(dynamic)
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t first = p * piece, rows = out_size - first < piece ? out_size - first : piece;
-            products<T>(w + first * w_stride, w_stride, rows, wide.rows.data(), count, size,
+            products<T>(values + first * w_stride, w_stride, rows, wide->rows.data(), count, size,
                         [&](auto n, int64_t r, int64_t c, int width, f32x16 v) __attribute__((always_inline)) {
                             constexpr int N = decltype(n)::value;
                             int64_t row = first + r;
@@ -37,16 +37,18 @@ void linear(const T* x, int64_t x_stride, const T* w, int64_t w_stride, const T*
 
 }  // namespace
 
-extern "C" {
-
-void linear_f32(const float* x, int64_t x_stride, const float* w, int64_t w_stride, const float* bias, float* out,
-                int64_t num_rows, int64_t out_size, int64_t size, int num_threads) {
-    linear(x, x_stride, w, w_stride, bias, out, num_rows, out_size, size, num_threads);
+template <class T>
+void multiply(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+    if (w.bits) return multiply_packed(x, x_stride, w, out, num_rows);
+    multiply_plain(x, x_stride, w, out, num_rows);
 }
 
-void linear_bf16(const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, const bf16* bias, bf16* out,
-                 int64_t num_rows, int64_t out_size, int64_t size, int num_threads) {
-    linear(x, x_stride, w, w_stride, bias, out, num_rows, out_size, size, num_threads);
-}
-
-}
+#define EXPORT(T, SUFFIX)                                                                                              \
+    template void multiply<T>(const T*, int64_t, const Matrix&, T*, int64_t);                                          \
+    extern "C" void linear_##SUFFIX(const T* x, int64_t x_stride, const Matrix* w, T* out, int64_t num_rows,           \
+                                    int num_threads) {                                                                 \
+        _Pragma("omp parallel num_threads(num_threads) if (w->num_bytes() > WORTH_A_TEAM)")                            \
+        multiply(x, x_stride, *w, out, num_rows);                                                                      \
+    }
+EXPORT(float, f32)
+EXPORT(bf16, bf16)

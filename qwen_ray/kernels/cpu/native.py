@@ -7,6 +7,8 @@ alone, to the last bit: not on what is computed beside it, nor on the instructio
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import byref
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,6 +24,48 @@ AMX_ROWS = 16  # about so many take torch with AMX as long as the products here 
 PARTS_AT_ONCE = 16384  # rows of hidden states, one per token and choice: larger inputs are computed in pieces
 
 
+class Matrix(ctypes.Structure):
+    """`team.h` has the same: a matrix as it is or packed, and the bias of its products."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("least", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out_size", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None) -> Matrix:
+        """Valid as long as both tensors live."""
+        add = None if bias is None else bias.data_ptr()
+        if isinstance(weight, torch.Tensor):
+            row_bytes = weight.stride(0) * weight.element_size()
+            return cls(weight.data_ptr(), row_bytes, None, None, add, *weight.shape, 0, 0)
+        least = None if weight.least is None else weight.least.data_ptr()
+        values, scales = weight.values, weight.scales.data_ptr()
+        sizes = values.shape[0], weight.size, weight.bits, weight.group
+        return cls(values.data_ptr(), values.shape[1], scales, least, add, *sizes)
+
+
+class Sequences(ctypes.Structure):
+    """`attention.cpp` has the same; see AttentionPlan."""
+
+    _fields_ = (
+        ("starts", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("table_width", ctypes.c_int64),
+        ("num_sequences", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
     """Of S sequences: where their rows of q begin and how many they are, their tokens, their blocks; all int64."""
@@ -30,7 +74,7 @@ class AttentionPlan:
     counts: torch.Tensor  # [S]
     lengths: torch.Tensor  # [S]
     block_tables: torch.Tensor  # [S, max blocks]
-    block_size: int
+    sequences: Sequences  # of these
 
 
 class NativeKernels:
@@ -41,62 +85,98 @@ class NativeKernels:
         suffix = SUFFIXES[dtype]
         self._dtype = dtype
         self._most_rows = AMX_ROWS if library.has_amx and dtype is torch.bfloat16 else None
-        self._linear = library.function(f"linear_{suffix}", "pnpnppnnni")
-        self._linear_packed = library.function(f"linear_packed_{suffix}", "pnpnppippnnni")
+        self._linear = library.function(f"linear_{suffix}", "pnppni")
         self._rms_norm = library.function(f"rms_norm_{suffix}", "pnpfpnnni", is_short=True)
         self._rotate = library.function(f"rotate_{suffix}", "pnpppnnni", is_short=True)
         self._silu_and_mul = library.function(f"silu_and_mul_{suffix}", "ppnni", is_short=True)
         self._run_experts = library.function(f"run_experts_{suffix}", "pnnpnpppnnnpppi")
-        self._attend = library.function(f"attend_{suffix}", "pnpppppp" + "nnnnnn" + "fpi")
+        self._attend = library.function(f"attend_{suffix}", "pnpppnnnfpi")
+        self._attend_whole = library.function(f"attend_whole_{suffix}", "pnppppfppppppnnnfpni")
+        self._mlp = library.function(f"mlp_{suffix}", "pnpppni")
 
     def _room(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype)  # twice as fast as x.new_empty, and called a hundred times a step
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `reference.linear`."""
-        num_rows = x.shape[0]
-        if x.dtype is not self._dtype or (self._most_rows is not None and num_rows > self._most_rows):
-            return reference.linear(x, weight, bias)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        out_size, size = weight.shape
-        assert x.shape[1] == size, f"rows of {x.shape[1]} by rows of {size}"
-        out = self._room(num_rows, out_size)
-        self._linear(
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            weight.stride(0),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            num_rows,
-            out_size,
-            size,
-            torch.get_num_threads(),
-        )
-        return out
+        return self._multiply(x, Matrix.of(weight, bias)) if self.takes(x) else reference.linear(x, weight, bias)
 
     def linear_packed(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         """As `quantized.linear_packed`, with rows of x rounded to 16 bits, or beside 4-bit weights to 8."""
         if x.dtype is not self._dtype:
             return quantized.linear_packed(x, weight, bias)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        num_rows, out_size = x.shape[0], weight.values.shape[0]
-        out = self._room(num_rows, out_size)
-        self._linear_packed(
+        return self._multiply(x, Matrix.of(weight, bias))
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether products of x [T, n] with matrices that are not packed are computed here."""
+        return x.dtype is self._dtype and (self._most_rows is None or x.shape[0] <= self._most_rows)
+
+    def _multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        x = rows_together(x)
+        num_rows = x.shape[0]
+        assert x.shape[1] == matrix.size, f"rows of {x.shape[1]} by rows of {matrix.size}"
+        out = self._room(num_rows, matrix.out_size)
+        self._linear(x.data_ptr(), x.stride(0), byref(matrix), out.data_ptr(), num_rows, torch.get_num_threads())
+        return out
+
+    def mlp(
+        self, x: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight
+    ) -> torch.Tensor:
+        """As `LayerKernels.mlp`."""
+        x = rows_together(x)
+        first, second = Matrix.of(gate_up), Matrix.of(down)
+        assert x.shape[1] == first.size, f"rows of {x.shape[1]} by rows of {first.size}"
+        assert first.out_size == 2 * second.size, f"{first.out_size} gates and others for rows of {second.size}"
+        out = self._room(x.shape[0], second.out_size)
+        matrices = byref(first), byref(second)
+        self._mlp(x.data_ptr(), x.stride(0), *matrices, out.data_ptr(), x.shape[0], torch.get_num_threads())
+        return out
+
+    def attention(
+        self,
+        x: torch.Tensor,
+        qkv: torch.Tensor | PackedWeight,
+        bias: torch.Tensor | None,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        plan: AttentionPlan,
+        scale: float,
+        o: torch.Tensor | PackedWeight,
+    ) -> torch.Tensor:
+        """As `LayerKernels.attention`."""
+        x = rows_together(x)
+        first, second = Matrix.of(qkv, bias), Matrix.of(o)
+        keys, values = kv_cache
+        kv_heads, dim = keys.shape[2:]
+        heads = second.size // dim
+        assert keys.dtype is self._dtype, f"{keys.dtype}; expected {self._dtype}"
+        assert first.out_size == (heads + 2 * kv_heads) * dim, f"{first.out_size} for {heads} and {kv_heads} heads"
+        cos, sin = (angle.contiguous() for angle in angles)
+        q_norm, k_norm = (None, None) if norms is None else (norm.data_ptr() for norm in norms)
+        out = self._room(x.shape[0], second.out_size)
+        self._attend_whole(
             x.data_ptr(),
             x.stride(0),
-            weight.values.data_ptr(),
-            weight.values.shape[1],
-            weight.scales.data_ptr(),
-            None if weight.least is None else weight.least.data_ptr(),
-            weight.group,
-            None if bias is None else bias.data_ptr(),
+            byref(first),
+            byref(second),
+            q_norm,
+            k_norm,
+            eps,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            byref(plan.sequences),
+            heads,
+            kv_heads,
+            dim,
+            scale,
             out.data_ptr(),
-            num_rows,
-            out_size,
-            weight.size,
+            x.shape[0],
             torch.get_num_threads(),
         )
         return out
@@ -184,13 +264,12 @@ class NativeKernels:
         block_size: int,
     ) -> AttentionPlan:
         """As `reference.plan_attention`."""
-        return AttentionPlan(
-            starts=torch.tensor([0, *accumulate(query_lens)][:-1], dtype=torch.int64),
-            counts=torch.tensor(query_lens, dtype=torch.int64),
-            lengths=torch.tensor(context_lens, dtype=torch.int64),
-            block_tables=block_tables.long().contiguous(),
-            block_size=block_size,
-        )
+        starts = torch.tensor([0, *accumulate(query_lens)][:-1], dtype=torch.int64)
+        counts, lengths = torch.tensor([query_lens, context_lens], dtype=torch.int64)
+        tables = block_tables.long().contiguous()
+        pointers = (tensor.data_ptr() for tensor in (starts, counts, lengths, tables))
+        sequences = Sequences(*pointers, tables.shape[1], len(query_lens), block_size)
+        return AttentionPlan(starts=starts, counts=counts, lengths=lengths, block_tables=tables, sequences=sequences)
 
     def paged_attention(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
@@ -205,13 +284,7 @@ class NativeKernels:
             q.stride(0),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            plan.starts.data_ptr(),
-            plan.counts.data_ptr(),
-            plan.lengths.data_ptr(),
-            plan.block_tables.data_ptr(),
-            plan.block_tables.shape[1],
-            plan.starts.shape[0],
-            plan.block_size,
+            byref(plan.sequences),
             heads,
             k_cache.shape[2],
             dim,

@@ -4,12 +4,12 @@
 // in two halves; for weights in 4 bits to 8, each 64 of a row. Products are integers, exact, and only sums of 512 or 64
 // meet the scales. Rows of weights and of x are as independent of each other as in `tile.h`.
 #include <memory>
-#include <vector>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+#include "team.h"
 #include "tile.h"
 
 namespace {
@@ -17,7 +17,6 @@ namespace {
 constexpr int GROUP = 64;                   // bytes of a register
 constexpr int64_t PIECE_BYTES = 64 << 10;   // of weights that a thread takes at a time
 constexpr int64_t MOST_ROWS = 256;          // of x that are rounded at once
-constexpr int64_t MANY_ROWS = 16;           // that are worth several threads for that
 
 using i8x16 = int8_t __attribute__((vector_size(16)));
 
@@ -258,46 +257,36 @@ inline void rows(const Weights& w, int64_t row, const X& x, int64_t num_columns,
 }
 
 template <class X, class T>
-void linear(const T* x, int64_t x_stride, const Weights& w, const T* bias, T* out, int64_t num_rows, int64_t out_size,
-            int64_t size, int num_threads) {
+void multiply_rounded(const T* x, int64_t x_stride, const Matrix& matrix, T* out, int64_t num_rows) {
+    Weights w{(const uint8_t*)matrix.values, matrix.row_bytes, matrix.scales, (const bf16*)matrix.least, matrix.group};
+    const T* bias = (const T*)matrix.bias;
+    int64_t size = matrix.size, out_size = matrix.out_size;
     int64_t num_steps = w.row_bytes * (w.group ? 2 : 1) / GROUP;
     int64_t piece = PIECE_BYTES / (w.row_bytes + 1) / ROWS * ROWS;
     piece = piece < ROWS ? ROWS : piece;
     int64_t num_pieces = (out_size + piece - 1) / piece;
     for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
         int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
-        X own(count, num_steps, w.group);
-#pragma omp parallel for num_threads(num_threads) if (count > MANY_ROWS)
-        for (int64_t c = 0; c < count; ++c) own.take(c, x + (begin + c) * x_stride, size);
+        auto take = [&](X& to, int64_t c) { to.take(c, x + (begin + c) * x_stride, size); };
+        auto own = made_ready<X>(count, take, num_steps, int64_t(w.group));
         T* to = out + begin * out_size;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_pieces > 1)
+#pragma omp for schedule(dynamic)
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t r = p * piece, end = r + piece < out_size ? r + piece : out_size;
-            for (; r + ROWS <= end; r += ROWS) rows<ROWS>(w, r, own, count, bias, to, out_size);
-            for (; r < end; ++r) rows<1>(w, r, own, count, bias, to, out_size);
+            for (; r + ROWS <= end; r += ROWS) rows<ROWS>(w, r, *own, count, bias, to, out_size);
+            for (; r < end; ++r) rows<1>(w, r, *own, count, bias, to, out_size);
         }
     }
 }
 
-template <class T>
-void linear_packed(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes, const void* scales,
-                   const bf16* least, int group, const T* bias, T* out, int64_t num_rows, int64_t out_size, int64_t size,
-                   int num_threads) {
-    Weights w{values, row_bytes, scales, least, group};
-    if (group)
-        linear<Rounded8>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
-    else
-        linear<Rounded16>(x, x_stride, w, bias, out, num_rows, out_size, size, num_threads);
-}
-
 }  // namespace
 
-#define EXPORT(T, SUFFIX)                                                                                              \
-    extern "C" void linear_packed_##SUFFIX(const T* x, int64_t x_stride, const uint8_t* values, int64_t row_bytes,     \
-                                           const void* scales, const bf16* least, int group, const T* bias, T* out,    \
-                                           int64_t num_rows, int64_t out_size, int64_t size, int num_threads) {        \
-        linear_packed(x, x_stride, values, row_bytes, scales, least, group, bias, out, num_rows, out_size, size,       \
-                      num_threads);                                                                                    \
-    }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+template <class T>
+void multiply_packed(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+    if (w.group)
+        multiply_rounded<Rounded8>(x, x_stride, w, out, num_rows);
+    else
+        multiply_rounded<Rounded16>(x, x_stride, w, out, num_rows);
+}
+template void multiply_packed<float>(const float*, int64_t, const Matrix&, float*, int64_t);
+template void multiply_packed<bf16>(const bf16*, int64_t, const Matrix&, bf16*, int64_t);

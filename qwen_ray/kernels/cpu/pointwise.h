@@ -1,0 +1,40 @@
+// One row of what stands between matrix products: norm, rotation, the gate. One pass over the data each, float32 inside.
+#pragma once
+
+#include <cmath>
+
+#include "vectors.h"
+
+template <class T>
+inline void norm_row(const T* from, const T* weight, float eps, T* to, int64_t size) {  // `to` may be `from`
+    f32x16 squares{};
+    for (int64_t i = 0; i < size; i += 16) {
+        f32x16 v = load_up_to_16(from + i, size - i);
+        squares += v * v;
+    }
+    float scale = 1.0f / std::sqrt(sum(squares) / float(size) + eps);
+    for (int64_t i = 0; i < size; i += 16) {
+        f32x16 v = rounded<T>(load_up_to_16(from + i, size - i) * scale);
+        save_up_to_16(to + i, load_up_to_16(weight + i, size - i) * v, size - i);
+    }
+}
+
+template <class T>
+inline void rotate_row(const T* from, const T* cos, const T* sin, T* to, int64_t size) {
+    int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i += 16) {
+        int64_t rest = half - i;
+        f32x16 a = load_up_to_16(from + i, rest), b = load_up_to_16(from + half + i, rest);
+        f32x16 c = load_up_to_16(cos + i, rest), s = load_up_to_16(sin + i, rest);
+        save_up_to_16(to + i, a * c - b * s, rest);
+        save_up_to_16(to + half + i, b * c + a * s, rest);
+    }
+}
+
+template <class T>
+inline void gate_row(const T* gate, const T* up, T* to, int64_t size) {
+    for (int64_t i = 0; i < size; i += 16) {
+        f32x16 v = rounded<T>(silu(load_up_to_16(gate + i, size - i)));
+        save_up_to_16(to + i, v * load_up_to_16(up + i, size - i), size - i);
+    }
+}

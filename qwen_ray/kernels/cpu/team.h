@@ -1,0 +1,53 @@
+// What a team of threads computes together: every thread of it calls, with the same arguments, and when a call is over
+// its whole result is there for all. Outside of a parallel region the one thread that calls does all of it.
+#pragma once
+
+#include <memory>
+
+#include "vectors.h"
+
+// [out_size, size]: rows of T, or packed in 8 or 4 bits as `quantized.py` says. As `native.py` lays it out.
+struct Matrix {
+    const void* values;
+    int64_t row_bytes;
+    const void *scales, *least;  // null, if not packed
+    const void* bias;            // T for each row, or null
+    int64_t out_size, size;
+    int32_t bits, group;  // bits 0: rows of T
+
+    int64_t num_bytes() const { return out_size * row_bytes; }
+};
+
+// out [num_rows, out_size] = x w^T + bias; row r of x begins at r * x_stride.
+template <class T>
+void multiply(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
+template <class T>
+void multiply_packed(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
+
+constexpr int64_t WORTH_A_TEAM = 128 << 10;  // bytes of a matrix
+
+// What one thread of the team makes, for all of them.
+template <class Make>
+auto made_by_one(Make make) {
+    decltype(make()) made;
+#pragma omp single copyprivate(made)
+    made = make();
+    return made;
+}
+
+// Rows of x in the form X that a product wants them in: X(count, ...) and take(row, from). Few are made by each thread
+// for itself, which is faster than waiting for others; many by all together.
+template <class X, class Take, class... Arguments>
+std::shared_ptr<X> made_ready(int64_t count, Take take, Arguments... arguments) {
+    constexpr int64_t FEW = 16;
+    auto make = [&] { return std::make_shared<X>(count, arguments...); };
+    if (count <= FEW) {
+        auto ready = make();
+        for (int64_t c = 0; c < count; ++c) take(*ready, c);
+        return ready;
+    }
+    auto ready = made_by_one(make);
+#pragma omp for
+    for (int64_t c = 0; c < count; ++c) take(*ready, c);
+    return ready;
+}
