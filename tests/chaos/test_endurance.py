@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import random
+import statistics
 import time
 from collections import Counter
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,7 +18,10 @@ from chaos import memory
 from chaos.judge import judge, left_over
 from chaos.load import Ask, Seen, every_kind, in_peace, many, run
 from chaos.memory import MIB, Memory
+from rich.console import Console
 from served import serving
+
+from qwen_ray.api_keys import ApiKey, new_key
 
 IS_LONG = bool(os.environ.get("QWEN_RAY_CHAOS_LONG"))
 NUM_AT_ONCE = 10_000 if IS_LONG else 500
@@ -50,6 +55,37 @@ async def test_far_too_many_requests_at_once() -> None:
         assert all("retry-after" in head.lower() for status, head, _ in answers if status == 429)
         assert all(peak - first < MAX_GROWTH for first, peak in growth.values())
         assert left_over(url) == []
+
+
+async def test_a_light_tenant_beside_one_that_floods(tmp_path: Path) -> None:
+    """Who asks now and then is answered nearly as soon as on an idle server: queues are fair to keys."""
+    keys = {"light": new_key(), "heavy": new_key()}
+    listed = [ApiKey.of(key, name).model_dump(mode="json") for name, key in keys.items()]
+    (tmp_path / "keys.json").write_text(json.dumps(listed), encoding="utf-8")
+    body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+    with serving("demo", "--api-keys-file", str(tmp_path / "keys.json")) as url:
+
+        async def light() -> float:
+            began = time.monotonic()
+            status, _, _ = await _post(url, body, keys["light"])
+            assert status == 200, status
+            return time.monotonic() - began
+
+        await light()
+        idle = [await light() for _ in range(20)]
+        flood = asyncio.gather(*(_post(url, body, keys["heavy"]) for _ in range(NUM_AT_ONCE)))
+        beside: list[float] = []
+        while not flood.done():
+            beside.append(await light())
+            await asyncio.sleep(0.5)
+        statuses = Counter(status for status, _, _ in await flood)
+        medians = [statistics.median(seconds) for seconds in (idle, beside)]
+        told = f"{medians[0]:.2f} s on an idle server, {medians[1]:.2f} s beside {dict(statuses)}"
+        Console(width=120).print(
+            f"8 tokens for a light tenant: {told}; ratio {medians[1] / medians[0]:.2f}; {len(beside)} requests, "
+            f"the longest {max(beside):.2f} s"
+        )
+        assert set(statuses) <= {200, 429}
 
 
 async def test_mixed_traffic_for_a_long_time_with_clients_that_go_away() -> None:
@@ -96,12 +132,12 @@ async def _rate(url: str, asks: list[Ask]) -> float:
     return len(asks) / (time.monotonic() - began)
 
 
-async def _post(url: str, body: object) -> tuple[int, str, str]:
+async def _post(url: str, body: object, key: str = "none") -> tuple[int, str, str]:
     """(status, headers, body), over a connection of its own. A client library would take longer than the server."""
     place = urlsplit(url)
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head += f"Authorization: Bearer {key}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     try:
         writer.write(head.encode() + content)
