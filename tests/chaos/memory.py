@@ -49,6 +49,17 @@ class Memory:
     async def __aexit__(self, *_: object) -> None:
         self._watching.cancel()
 
+    async def calm(self, *, seconds: float = 10.0, change: int = 4 * MIB) -> None:
+        """Until all processes together have not changed by more than `change` for so long."""
+        since, before = time.monotonic(), self._now()
+        while time.monotonic() - since < seconds:
+            await asyncio.sleep(self._period)
+            if abs(self._now() - before) > change:
+                since, before = time.monotonic(), self._now()
+
+    def _now(self) -> int:
+        return sum(process.samples[-1][1] for process in self.processes.values())
+
     def growth(self, begin: float, end: float, *, width: float) -> dict[str, tuple[float, float]]:
         """Of each process that was there at both: bytes around `begin` and around `end`, by title and pid."""
         found: dict[str, tuple[float, float]] = {}
