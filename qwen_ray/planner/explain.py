@@ -14,7 +14,7 @@ from qwen_ray.core.plan import ExpertPlacement, Span
 from qwen_ray.planner.candidate import Candidate, PlanReport
 from qwen_ray.planner.cost import exchange_bytes_per_token, reduce_bytes_per_token
 from qwen_ray.planner.experts import imbalance, layer_imbalances
-from qwen_ray.planner.memory import CPU_PROCESS_BYTES, copied_weights, in_words, model_weights
+from qwen_ray.planner.memory import CPU_PROCESS_BYTES, STANDBY_BYTES, copied_weights, in_words, model_weights
 
 COLUMNS = (
     *("weights/rank", "KV/token", "activations", "reserve"),
@@ -90,9 +90,10 @@ def placement_lines(candidate: Candidate) -> list[str]:
         total = in_words(candidate.rank_bytes(members[0]))
         lines.append(f"  {who} (layers {_span(layers)}): {' + '.join(parts)} = {total}")
     if candidate.request.kind == "cpu":
-        lines.append(
-            f"  beside this, each rank's process takes about {in_words(CPU_PROCESS_BYTES)} (Python, torch, Ray)"
-        )
+        beside = f"each rank's process takes about {in_words(CPU_PROCESS_BYTES)} (Python, torch, Ray)"
+        if candidate.request.standby_ranks:
+            beside += f", and one that stands by for each stage {in_words(STANDBY_BYTES)}"
+        lines.append(f"  beside this, {beside}")
     if plan.world_size > 1:
         lines.append(f"  {_weights_line(candidate)}")
     lines += [f"  {line}" for line in _expert_lines(candidate)]

@@ -28,6 +28,7 @@ CHOICE_BYTES = 16  # a token's expert: its id or slot in 8 bytes, its weight in 
 # A CPU rank's interpreter with torch and Ray, and the vocabulary that grammars are compiled over (50 MB of Qwen's).
 # Stated, not counted: it is there whatever the model.
 CPU_PROCESS_BYTES = 500 * MIB
+STANDBY_BYTES = 300 * MIB  # of a process with the same libraries that has yet to become a rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

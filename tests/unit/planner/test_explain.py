@@ -66,6 +66,8 @@ def test_words_name_ranks_layers_nodes_and_numbers() -> None:
     assert "ranks 0 to 2, each (layers 0 to 14)" in text
     assert "replica 0: stages 0 to 1 on node 0 (cpu-24G)" in text
     assert "beside this, each rank's process takes about 0.52 GB" in text
+    assert "stands by" not in text
+    assert "stands by for each stage 0.31 GB" in describe(report("demo", "1xcpu-24G", standby_ranks=True))
     refused = describe(report("qwen2.5-72b", "1xH100-80G"))
     assert "Nothing fits." in refused
     assert "would hold it" in refused
