@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.planner.candidate import PlanReport, PlanRequest
@@ -11,10 +12,10 @@ from qwen_ray.planner.family import lookup
 from qwen_ray.planner.search import plan
 
 
-def report(name: str, hardware: str, tp: int | None = None, pp: int | None = None) -> PlanReport:
+def report(name: str, hardware: str, **wanted: Any) -> PlanReport:
     config = lookup(name)
     assert config is not None
-    return plan(PlanRequest(config=config, hardware=Hardware.parse(hardware), model=name, tp=tp, pp=pp))
+    return plan(PlanRequest(config=config, hardware=Hardware.parse(hardware), model=name, **wanted))
 
 
 def test_json_of_a_plan_that_fits() -> None:
