@@ -268,6 +268,24 @@ def status(
 
 
 @app.command()
+@with_settings(*MODEL_FLAGS, *ENGINE_FLAGS, "host", "port", "cache-dir", "address")
+def doctor(*, settings: Settings, model: ModelArgument = None, as_json: JsonFlag = False) -> None:
+    """Look for what stands in the way of serving, on this machine or on the Ray cluster at --address.
+
+    Versions, GPUs, the network between ranks, shared memory, ports, disk, clocks, kernels, HAProxy, and whether the
+    model fits. Each line says what to do. Exit code 1 when something failed; what is only a warning is none.
+
+      qwen-ray doctor
+      qwen-ray doctor Qwen/Qwen2.5-7B-Instruct --json
+      qwen-ray doctor Qwen/Qwen3-30B-A3B --address 10.0.0.1:6379
+    """
+    from qwen_ray.commands.doctor import run_doctor
+
+    if not run_doctor(settings, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def key(
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name in logs and messages.")] = None,
     from_stdin: Annotated[bool, typer.Option("--stdin", help="Hash the key on stdin; make none.")] = False,

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qwen_ray.api_keys import ApiKey, check_distinct
 from qwen_ray.core.errors import SettingsError
+from qwen_ray.core.logs import LogConfig, LogFormat
 from qwen_ray.core.model_config import Quantization
 from qwen_ray.core.plan import THREAD_ENVIRONMENT
 
@@ -195,11 +196,16 @@ class EngineSettings(Section):
 
 class ObservabilitySettings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = Field(default="text", description="of log lines: for people, or a JSON object each")
     log_requests: bool = Field(default=False, description="log prompts and answers")
     ray_dashboard: bool = Field(default=False, description="start Ray's dashboard with a local Ray")
     audit_log: HomePath | None = Field(default=None, description="file with a JSON line for every request, appended to")
     audit_contents: bool = Field(default=False, description="prompts and answers in the audit log")
     audit_max_bytes: Bytes = Field(default=100 * 2**20, description="of the audit log, then FILE.1 to FILE.9 are kept")
+
+    @property
+    def logs(self) -> LogConfig:
+        return LogConfig(level=self.log_level, format=self.log_format)
 
 
 class Settings(Section):
@@ -277,6 +283,7 @@ OPTIONS: dict[str, str] = {
     "kv-cache-memory": "engine.kv_cache_memory",
     "gpu-memory-utilization": "engine.gpu_memory_utilization",
     "log-level": "observability.log_level",
+    "log-format": "observability.log_format",
     "log-requests": "observability.log_requests",
     "ray-dashboard": "observability.ray_dashboard",
     "audit-log": "observability.audit_log",

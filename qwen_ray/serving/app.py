@@ -77,7 +77,7 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         max_surge_percent=max(1, 100 // model.replicas.max) if has_room else 0,
         max_constructor_retry_count=1,  # what can pass is tried again in there; the rest would only fail later
     )(Replica)
-    replicas = replica.bind(spec, APP, settings.observability.log_level, settings.http.drain_timeout)
+    replicas = replica.bind(spec, APP, settings.http.drain_timeout)
     return ingress.bind(settings, served_model(model, spec), spec, APP, not has_room, replicas)
 
 
@@ -87,7 +87,8 @@ def replica_spec(settings: Settings) -> ReplicaSpec:
     path = resolve(model.source, settings.cache_dir, revision=model.revision)
     config = load_purpose(path, model.task).applied(load_config(path))
     request = plan_request(settings, model, config, hardware(), dp=model.replicas.max)
-    return plan(request).require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
+    spec = plan(request).require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
+    return replace(spec, logs=settings.observability.logs)
 
 
 def has_room_for_one_more(settings: Settings, spec: ReplicaSpec) -> bool:

@@ -49,7 +49,7 @@ class BatchEngine:
         name = f"batch-{uuid.uuid4().hex[:8]}"
         directory = Directory(name)
         self._replica = BatchReplica()
-        await self._replica.start(name, spec, name, settings.observability.log_level, 0.0)
+        await self._replica.start(name, spec, name, 0.0)
         frontend = await Frontend.make(name, settings, model, spec, directory)
         await frontend.start()
         await frontend.dispatcher.until_ready()

@@ -5,7 +5,6 @@ Made by the outermost middleware, carried in the ASGI scope, filled in on the wa
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 from starlette.types import Scope
 
 from qwen_ray.core.errors import DeadlineExceeded, InvalidRequest
+from qwen_ray.core.logs import utc
 from qwen_ray.serving.keys import ANYBODY, Caller
+from qwen_ray.serving.trail import Trail
 
 SCOPE_KEY = "qwen_ray.call"
 GRACE_SECONDS = 2.0  # for a replica to end a request at its deadline by itself, with what it has
@@ -33,6 +34,8 @@ class Call:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     outcome: str = ""
+    answer_id: str = ""  # what the answer calls itself
+    trail: Trail = field(default_factory=Trail)
     keeps_contents: bool = False
     request: Any = None  # messages or prompts, where contents are kept
     answers: dict[int, str] = field(default_factory=dict[int, str])  # by choice
@@ -77,14 +80,14 @@ class Call:
         """For the audit log; `status` is None when the client left before an answer began."""
         seconds = time.time() - self.arrival
         shown: dict[str, Any] = {
-            "time": _iso(self.arrival),
+            "time": utc(self.arrival),
             "request_id": self.request_id,
             "key": self.caller.id or None,
             "method": self.method,
             "route": self.path,
             "model": self.model or None,
             "status": status,
-            "outcome": self.outcome or _outcome(status),
+            "outcome": self.outcome_of(status),
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "seconds": round(seconds, 3),
@@ -93,14 +96,9 @@ class Call:
             shown |= {"request": self.request, "answers": [self.answers[i] for i in sorted(self.answers)]}
         return shown
 
-
-def _outcome(status: int | None) -> str:
-    if status is None:
-        return "abort"
-    return "ok" if status < 400 else "error"
-
-
-def _iso(seconds: float) -> str:
-    """UTC with milliseconds."""
-    whole = math.floor(seconds)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((seconds - whole) * 1000):03d}Z"
+    def outcome_of(self, status: int | None) -> str:
+        if self.outcome:
+            return self.outcome
+        if status is None:
+            return "abort"
+        return "ok" if status < 400 else "error"

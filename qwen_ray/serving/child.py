@@ -23,7 +23,7 @@ from ray.exceptions import RayTaskError
 
 from qwen_ray.config import Settings
 from qwen_ray.core.errors import QwenRayError
-from qwen_ray.serving.logs import handler
+from qwen_ray.core.logs import handler
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 def supervised(name: str, work: Callable[[Settings], None], end: Callable[[Settings], None]) -> NoReturn:
     """`work`, until it is done, fails or is told to stop; then `end`, and the process is over."""
     settings = Settings.from_dict(json.loads(sys.stdin.readline()))
-    logging.basicConfig(level=settings.observability.log_level.upper(), handlers=[handler(name)])
+    logs = settings.observability.logs
+    logging.basicConfig(level=logs.level.upper(), handlers=[handler(name, logs.format)])
     threading.Thread(target=_stop_with_stdin, daemon=True).start()
     stop_with_sigterm()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -28,6 +28,7 @@ from qwen_ray.serving.journal import Journal, Stream
 from qwen_ray.serving.link import Link
 from qwen_ray.serving.links import Links
 from qwen_ray.serving.messages import Abort, Deltas, Refusal, ReplicaStatus, Submit
+from qwen_ray.serving.trail import Trail
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,10 @@ class Dispatcher:
         """Until some replica of the model is ready for requests."""
         await self._is_ready.wait()
 
-    def open(self, requests: Sequence[GenerateRequest]) -> Stream:
+    def open(self, requests: Sequence[GenerateRequest], trail: Trail | None = None) -> Stream:
         """Sends every one of `requests` on its way, or lets it wait where some replica will be ready.
+
+        `trail` is told where they go.
 
         Raises NotReady where there is nothing to wait for, Overloaded where too many wait.
         """
@@ -118,7 +121,7 @@ class Dispatcher:
                     f"{self._max_waiting} may.",
                     retry_after=RETRY_SECONDS,
                 )
-        stream = Stream([request.request_id for request in requests], self.abort)
+        stream = Stream([request.request_id for request in requests], self.abort, trail)
         for request in requests:
             journal = Journal(request, stream)
             self._journals[request.request_id] = journal

@@ -98,9 +98,9 @@ class Generation:
 
         Raises RequestError. Before the first item nothing has been shown, so it can still be an HTTP status.
         """
-        clock = _Clock(self._recorder, self._call.arrival, self.choices)
+        clock = _Clock(self._recorder, self._call, self.choices)
         try:
-            with self._dispatcher.open([choice.request for choice in self.choices]) as stream:
+            with self._dispatcher.open([choice.request for choice in self.choices], self._call.trail) as stream:
                 clock.dispatched()
                 while stream.is_open:
                     pieces: list[Piece] = []
@@ -122,6 +122,7 @@ class Generation:
             raise
         finally:
             clock.ended("abort")
+            self._call.trail.num_cached_tokens = self.num_cached_tokens
             ends = {choice.finish_reason or "abort" for choice in self.choices}
             self._call.outcome = self._call.outcome or " ".join(sorted(ends))
 
@@ -137,9 +138,10 @@ class Generation:
 class _Clock:
     """When each choice was where, told to the recorder; every choice ends once."""
 
-    def __init__(self, recorder: IngressRecorder, arrival: float, choices: Iterable[Choice]) -> None:
+    def __init__(self, recorder: IngressRecorder, call: Call, choices: Iterable[Choice]) -> None:
         self._recorder = recorder
-        self._arrival = arrival
+        self._arrival = call.arrival
+        self._trail = call.trail
         self._submitted = 0.0
         self._first: dict[Choice, float] = {}
         self._last: dict[Choice, float] = {}
@@ -147,6 +149,7 @@ class _Clock:
 
     def dispatched(self) -> None:
         self._submitted = time.time()
+        self._trail.was_dispatched()
         self._recorder.dispatched(self._submitted - self._arrival)
 
     def took(self, choice: Choice, num_tokens: int) -> None:
@@ -165,6 +168,8 @@ class _Clock:
         """Of all that have not finished."""
         for choice in list(self._open):
             self._finish(choice, reason, time.time())
+        if self._first:
+            self._trail.had_tokens(min(self._first.values()), max(self._last.values()))
 
     def _finish(self, choice: Choice, reason: str, now: float) -> None:
         if choice not in self._open:
@@ -298,6 +303,7 @@ class Generator:
                 for i, single in enumerate(request.choices())
             ]
         call.asks(sum(map(len, prompts)))
+        call.answer_id = request_id
         return Generation(choices, sampling.n, call, self._dispatcher, self._recorder, self._log)
 
     def _log(self, choice: Choice, piece: Piece) -> None:

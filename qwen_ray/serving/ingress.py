@@ -15,11 +15,11 @@ from ray import serve
 from qwen_ray.cluster.channel import Listener, listen
 from qwen_ray.cluster.directory import Directory, Entry
 from qwen_ray.config import Settings
+from qwen_ray.core.logs import configure_logs
 from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.frontend import Frontend
 from qwen_ray.serving.generation import Model
-from qwen_ray.serving.logs import configure_logs
 from qwen_ray.serving.messages import CODEC
 from qwen_ray.serving.routes import create_app
 
@@ -32,7 +32,7 @@ class Ingress:
         """`in_place`: there is no room for a replica beside those there are. `replicas` is Serve's handle; it is here
         so that Serve deploys them, requests take another way. Raises CheckpointError and SettingsError."""
         ingress = serve.get_replica_context().replica_id.unique_id
-        configure_logs(settings.observability.log_level, f"ingress {ingress}")
+        configure_logs(settings.observability.logs, f"ingress {ingress}")
         self._directory = Directory(app)
         self._frontend = await Frontend.make(ingress, settings, model, spec, self._directory, in_place=in_place)
         await self._frontend.start()
@@ -42,7 +42,7 @@ class Ingress:
         self._listener = await self._announce(ingress, self._frontend.fleet)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._frontend.service)
+        return create_app(self._frontend.service, behind_serve=True)
 
     async def _announce(self, ingress: str, fleet: Fleet) -> Listener[Any]:
         secret = secrets.token_bytes(32)

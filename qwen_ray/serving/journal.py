@@ -14,6 +14,7 @@ from dataclasses import replace
 from qwen_ray.core.errors import RequestError
 from qwen_ray.core.request import GenerateRequest, TokenDelta
 from qwen_ray.serving.link import Link
+from qwen_ray.serving.trail import Trail
 
 PATIENCE_OF_BEGUN = 10  # a large model takes minutes to load, and nobody wants half an answer
 MAX_FRUITLESS = 2  # deaths of its replicas, without progress in between: then the request itself is suspected
@@ -25,7 +26,10 @@ PROGRESS = 2
 class Stream:
     """The deltas of one HTTP request's sequences. Close it however the reading ends: `with dispatcher.open(…)`."""
 
-    def __init__(self, request_ids: Iterable[str], abort: Callable[[Iterable[str]], None]) -> None:
+    def __init__(
+        self, request_ids: Iterable[str], abort: Callable[[Iterable[str]], None], trail: Trail | None = None
+    ) -> None:
+        self.trail = trail or Trail()
         self._open = set(request_ids)
         self._abort = abort
         self._deltas: list[tuple[str, TokenDelta]] = []
@@ -79,6 +83,7 @@ class Journal:
     __slots__ = (
         "cleared_at",
         "has_been_accepted",
+        "has_been_sent",
         "has_started",
         "link",
         "num_attempts",
@@ -101,6 +106,7 @@ class Journal:
         self.cleared_at = 0  # tokens with which it has made progress
         self.has_started = False  # this attempt, as far as one is told
         self.has_been_accepted = False  # it had a place in a queue before: a full one cannot refuse it
+        self.has_been_sent = False
         self.waits_until = math.inf  # monotonic; set while it waits for a replica
 
     @property
@@ -125,6 +131,8 @@ class Journal:
 
     def sent(self, link: Link) -> None:
         self.link, self.waits_until, self.has_started = link, math.inf, False
+        self.stream.trail.placed(link.replica, is_move=self.has_been_sent)
+        self.has_been_sent = True
 
     def blame(self) -> None:
         """Its replica has died. A suspect that had not started is innocent, unless that happens again and again."""
@@ -142,6 +150,8 @@ class Journal:
 
     def take(self, delta: TokenDelta) -> None:
         self.has_started = True
+        if delta.scheduled:
+            self.stream.trail.was_scheduled(delta.scheduled)
         if not delta.token_ids and delta.finish_reason is None:
             return
         self.tokens.extend(delta.token_ids)

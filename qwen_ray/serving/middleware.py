@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_ray.core.errors import HeadersTooLarge, InvalidRequest, Overloaded, RequestError, RequestTooLarge
+from qwen_ray.core.logs import REQUEST_ID
 from qwen_ray.serving.audit import AuditLog
 from qwen_ray.serving.call import SCOPE_KEY, Call
 from qwen_ray.serving.errors import Refused, error_response
 from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
+from qwen_ray.serving.request_log import REQUEST_ID_HEADER, log_request, sane_request_id
 
 DISCARD_BYTES = 64 * 2**20
 DISCARD_SECONDS = 5.0
@@ -26,7 +29,7 @@ BODIES_AT_ONCE = 32  # of the largest size; many more small ones
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 2**10
-MAX_SHOWN = 200  # characters of a path or a request id in records
+MAX_SHOWN = 200  # characters of a path in records
 
 # Of the server, and asked by machines that have no key: whether it lives, and can take requests.
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/health/startup"})
@@ -34,10 +37,17 @@ NOT_AUDITED = OPEN_PATHS | {"/metrics"}
 
 
 class Watch:
-    """Outermost: makes the Call, tells `on_response(route, status)` of every response that has started, and audits."""
+    """Outermost: makes the Call, tells `on_response(route, status)` of every response that has started, logs, audits.
 
-    def __init__(self, app: ASGIApp, on_response: Callable[[str, int], None], audit: AuditLog | None) -> None:
+    `behind_serve`: what stands before answers with the client's X-Request-Id itself, and makes one up where there is
+    none.
+    """
+
+    def __init__(
+        self, app: ASGIApp, on_response: Callable[[str, int], None], audit: AuditLog | None, *, behind_serve: bool
+    ) -> None:
         self._app = app
+        self._behind_serve = behind_serve
         self._on_response = on_response
         self._audit = audit
 
@@ -45,11 +55,13 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        given_id = dict(scope["headers"]).get(REQUEST_ID_HEADER.encode(), b"").decode("latin-1")
+        request_id = sane_request_id(given_id)
+        REQUEST_ID.set(request_id)
         call = scope[SCOPE_KEY] = Call(
             method=scope["method"],
             path=scope["path"][:MAX_SHOWN],
-            request_id=request_id[:MAX_SHOWN],
+            request_id=request_id,
             keeps_contents=self._audit is not None and self._audit.keeps_contents,
         )
         status: int | None = None
@@ -58,6 +70,8 @@ class Watch:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if not (self._behind_serve and request_id == given_id):
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
                 # Only routes of ours: paths that strangers make up would each become a series.
                 route = scope.get("route")
                 self._on_response(getattr(route, "path", "other"), message["status"])
@@ -68,8 +82,13 @@ class Watch:
         try:
             await self._app(scope, receive, watch)
         finally:
-            if self._audit is not None and scope["path"] not in NOT_AUDITED:
-                self._audit.write(call.record(status))
+            if scope["path"] not in NOT_AUDITED:
+                self._end(call, getattr(scope.get("route"), "path", "other"), status)
+
+    def _end(self, call: Call, route: str, status: int | None) -> None:
+        log_request(call, route, status, time.time())
+        if self._audit is not None:
+            self._audit.write(call.record(status))
 
 
 class Gate:

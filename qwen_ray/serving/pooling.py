@@ -95,12 +95,16 @@ class Pooler:
             num_at_once -= 1
 
         self._recorder.dispatched(time.time() - call.arrival)
+        call.trail.was_dispatched()
+        call.answer_id = asked.id
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_at_once):
                     group.create_task(work())
         except ExceptionGroup as errors:
             raise next((e for e in errors.exceptions if isinstance(e, RequestError)), errors) from None
+        now = time.time()
+        call.trail.had_tokens(now, now)
         call.outcome = "stop"
         return pooled
 
@@ -143,7 +147,7 @@ class Pooler:
         submitted = time.time()
         reason: FinishReason | None = "abort"
         try:
-            with self._dispatcher.open([request]) as stream:
+            with self._dispatcher.open([request], call.trail) as stream:
                 async with asyncio.timeout(call.patience):
                     ((_, delta),) = await stream.take()
             if delta.finish_reason != "stop":

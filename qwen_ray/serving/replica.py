@@ -20,6 +20,7 @@ from ray import serve
 from qwen_ray.cluster.channel import Listener, listen
 from qwen_ray.cluster.directory import Directory, Entry
 from qwen_ray.core.errors import RankFailed
+from qwen_ray.core.logs import configure_logs
 from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.core.request import GenerateRequest
 from qwen_ray.core.stats import RankStats, StepStats
@@ -28,7 +29,6 @@ from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import ReplicaRecorder
 from qwen_ray.serving.autoscaling import autoscaling_stats
 from qwen_ray.serving.expert_balancer import ExpertBalancer
-from qwen_ray.serving.logs import configure_logs
 from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
 from qwen_ray.serving.ranks import Ranks
 from qwen_ray.serving.sessions import Sessions
@@ -42,17 +42,17 @@ QUIET_REPAIR_SECONDS = 9.0
 
 
 class Replica:
-    async def __init__(self, spec: ReplicaSpec, app: str, log_level: str, drain_seconds: float) -> None:
+    async def __init__(self, spec: ReplicaSpec, app: str, drain_seconds: float) -> None:
         """`drain_seconds`: for ingresses to take over what it runs when it is stopped, at most.
 
         Returns when it can take requests. Raises what the ranks raise (CheckpointError, PlanRefused, …)."""
-        await self.start(serve.get_replica_context().replica_id.unique_id, spec, app, log_level, drain_seconds)
+        await self.start(serve.get_replica_context().replica_id.unique_id, spec, app, drain_seconds)
 
-    async def start(self, name: str, spec: ReplicaSpec, app: str, log_level: str, drain_seconds: float) -> None:
+    async def start(self, name: str, spec: ReplicaSpec, app: str, drain_seconds: float) -> None:
         """As `name`; also where there is no Serve. Raises what the ranks raise."""
         self._spec = spec
         self._id = name
-        configure_logs(log_level, f"replica {self._id}")
+        configure_logs(spec.logs, f"replica {self._id}")
         self._drain_seconds = drain_seconds
         self._is_draining = False
         self._state: ReplicaState = "loading"

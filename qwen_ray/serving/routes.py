@@ -104,14 +104,14 @@ def _answers(model: type[BaseModel], chunks: str) -> dict[int | str, dict[str, A
     return {200: {"model": model, "content": {"text/event-stream": events}}}
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, *, behind_serve: bool = False) -> FastAPI:
     # No interactive pages: they load their scripts from the internet.
     app = Api(title="qwen-ray", version=VERSION, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     app.add_middleware(Gate, keys=service.keys, open_requests=service.open_requests)
-    app.add_middleware(Watch, on_response=service.recorder.http_request, audit=service.audit)
+    app.add_middleware(Watch, on_response=service.recorder.http_request, audit=service.audit, behind_serve=behind_serve)
     errors.install(app)
     return app
 

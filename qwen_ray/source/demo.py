@@ -80,6 +80,12 @@ def pull(
     return target
 
 
+def present(cache_dir: Path, *, package: Package = DEMO) -> Path | None:
+    """The model's file, if it is there."""
+    target = cache_dir / "demo" / package.file_name
+    return target if _is_there(target, package) else None
+
+
 def _is_there(target: Path, package: Package) -> bool:
     """By size and recorded hash; a file that somebody put there is hashed once."""
     if file_bytes(target) != package.num_bytes:

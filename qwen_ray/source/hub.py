@@ -36,11 +36,10 @@ def fetch(
     A copy that is complete is never updated; a `revision` (branch, tag, commit) that is not cached is fetched.
     `endpoint` is by default what huggingface_hub was told (HF_ENDPOINT). Raises SourceError.
     """
+    folder = present(model_id, cache_dir, revision=revision)
+    if folder is not None:
+        return folder
     own = cache_dir / "hub"
-    for cache in (own, Path(constants.HF_HUB_CACHE)):
-        folder = cached(model_id, cache, revision=revision)
-        if folder is not None:
-            return folder
     endpoint = endpoint or constants.ENDPOINT
     constants.HF_HUB_DISABLE_TELEMETRY = True  # what HF_HUB_DISABLE_TELEMETRY=1 does, for this process
     disable_progress_bars()
@@ -69,6 +68,12 @@ def fetch(
     if missing:
         raise SourceError(f"{model_id} on {endpoint} has no {missing}; needed are config.json and *.safetensors.")
     return folder
+
+
+def present(model_id: str, cache_dir: Path, *, revision: str | None = None) -> Path | None:
+    """The complete copy in `cache_dir/hub` or the Hub's own cache, or None. Touches no network."""
+    caches = cache_dir / "hub", Path(constants.HF_HUB_CACHE)
+    return next((found for cache in caches if (found := cached(model_id, cache, revision=revision))), None)
 
 
 def cached(model_id: str, cache: Path, *, revision: str | None = None) -> Path | None:

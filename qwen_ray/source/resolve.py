@@ -20,6 +20,20 @@ def resolve(source: str, cache_dir: Path, *, revision: str | None = None, on_pro
     """
     if source == "demo":
         return demo.pull(cache_dir, on_progress)
+    path = _local(source)
+    return path if path is not None else hub.fetch(source, cache_dir, revision=revision, on_progress=on_progress)
+
+
+def present(source: str, cache_dir: Path, *, revision: str | None = None) -> Path | None:
+    """As `resolve`, without fetching anything: None for what is not here. Raises SourceError for what is nowhere."""
+    if source == "demo":
+        return demo.present(cache_dir)
+    path = _local(source)
+    return path if path is not None else hub.present(source, cache_dir, revision=revision)
+
+
+def _local(source: str) -> Path | None:
+    """Of a path; None for an id. Raises SourceError for what is neither."""
     path = Path(source).expanduser()
     if path.is_dir():
         return _directory(path)
@@ -31,7 +45,7 @@ def resolve(source: str, cache_dir: Path, *, revision: str | None = None, on_pro
     if looks_like_path or not _MODEL_ID.fullmatch(source):
         hint = "" if looks_like_path else " It is no Hugging Face id (OWNER/NAME) either, and not `demo`."
         raise SourceError(f"{source!r}: no such directory or file (looked in {Path.cwd()}).{hint}")
-    return hub.fetch(source, cache_dir, revision=revision, on_progress=on_progress)
+    return None
 
 
 def _directory(path: Path) -> Path:

@@ -18,7 +18,7 @@ import yaml
 
 from qwen_ray.cli import main
 
-COMMANDS = ("serve", "plan", "generate", "chat", "bench", "pull", "status", "key", "version")
+COMMANDS = ("serve", "plan", "generate", "chat", "bench", "pull", "status", "doctor", "key", "version")
 
 
 def run(*arguments: str) -> int:

@@ -52,7 +52,8 @@ async def test_who_when_what_and_how_it_ended(start_server: Any, tmp_path: Path)
     usage = whole.json()["usage"]
     first, streamed, unknown, wrong, stranger, models = records(path)
     assert set(first) == SHOWN
-    assert (first["key"], first["model"], first["request_id"]) == ("team-a", "tiny", 'a"}{"b')
+    assert (first["key"], first["model"]) == ("team-a", "tiny")
+    assert first["request_id"] == whole.headers["x-request-id"] != 'a"}{"b'
     assert (first["method"], first["route"], first["status"], first["outcome"]) == ("POST", CHAT, 200, "length")
     assert (first["prompt_tokens"], first["completion_tokens"]) == (usage["prompt_tokens"], 5)
     assert (streamed["status"], streamed["outcome"]) == (200, "stop")
