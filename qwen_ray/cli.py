@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from qwen_ray.commands.console import out, show_error
 from qwen_ray.commands.options import ALL_FLAGS, BATCH_FLAGS, ENGINE_FLAGS, MODEL_FLAGS, ModelArgument, with_settings
 from qwen_ray.config import API_KEY_VARIABLE, Settings
-from qwen_ray.core.errors import PlanRefused, QwenRayError
+from qwen_ray.core.errors import PlanRefused, QwenRayError, SettingsError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.machine import running_ray
@@ -88,6 +88,10 @@ def plan(
     concurrency: Annotated[
         int | None, typer.Option("--concurrency", metavar="N", min=1, help="Requests at once to plan for.")
     ] = None,
+    form: Annotated[
+        Literal["text", "json", "helm-values"] | None,
+        typer.Option("--format", help="helm-values: the plan and its pods as values of the chart helm/qwen-ray."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show how a model would be divided, what it needs and what it would do; nothing is started.
@@ -97,16 +101,20 @@ def plan(
       qwen-ray plan Qwen/Qwen2.5-72B-Instruct --hardware 8xH100-80G
       qwen-ray plan Qwen/Qwen3-235B-A22B --hardware 2x8xH100-80G --context 32k --concurrency 64 --json
       qwen-ray plan Qwen/Qwen3-30B-A3B --hardware 8xH100-80G --ep 8 --expert-load load.json --num-redundant-experts 8
+      qwen-ray plan Qwen/Qwen2.5-72B-Instruct --hardware 8xH100-80G --format helm-values > values.yaml
       qwen-ray plan demo --tp 2
     """
     from qwen_ray.commands.plan import run_plan
 
+    if as_json and form not in (None, "json"):
+        raise SettingsError(f"--json and --format {form} exclude each other.", field="format")
     found = Hardware.parse(hardware) if hardware else None
     if found is None and (address := settings.ray_address or running_ray()):
         from qwen_ray.serving.launch import cluster_hardware
 
         found = cluster_hardware(address)
-    run_plan(settings, hardware=found, context=context, concurrency=concurrency, as_json=as_json)
+    shown = "json" if as_json else form or "text"
+    run_plan(settings, hardware=found, context=context, concurrency=concurrency, form=shown)
 
 
 @app.command()

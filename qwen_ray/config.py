@@ -219,6 +219,12 @@ class Settings(Section):
     ray_address: str | None = Field(
         default=None, description="of a running Ray cluster; by default one is started here"
     )
+    node_timeout: float = Field(
+        default=0.0,
+        ge=0,
+        description="seconds to wait for nodes that are still to join the cluster; above 0 only the fewest replicas "
+        "must fit at the start, and more wait for nodes of their own",
+    )
 
     @classmethod
     def from_dict(cls, data: Any, *, origin: str = "settings") -> Settings:
@@ -291,6 +297,7 @@ OPTIONS: dict[str, str] = {
     "audit-max-bytes": "observability.audit_max_bytes",
     "cache-dir": "cache_dir",
     "address": "ray_address",
+    "node-timeout": "node_timeout",
 }
 
 

@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "commands": (
         {"core", "config", "api_keys", "machine", "sizing", "planner", "source", "llm", "doctor", "serving"},
-        {"typer", "rich", "httpx", "pydantic"},
+        {"typer", "rich", "httpx", "pydantic", "yaml"},
     ),
     "cli": ({"core", "config", "machine", "commands", "serving"}, {"typer", "rich"}),
     "__init__": ({"core", "config", "llm"}, set()),

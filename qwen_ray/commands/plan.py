@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Literal
 
 from qwen_ray.commands.console import out
+from qwen_ray.commands.helm_values import helm_values
 from qwen_ray.commands.pull import pull
 from qwen_ray.config import Settings, parse_tokens
 from qwen_ray.core.errors import SettingsError
@@ -19,6 +21,8 @@ from qwen_ray.sizing import plan_request
 from qwen_ray.source.config_file import load_config
 from qwen_ray.source.purpose import Purpose, load_purpose
 
+PlanFormat = Literal["text", "json", "helm-values"]
+
 
 def run_plan(
     settings: Settings,
@@ -26,7 +30,7 @@ def run_plan(
     hardware: Hardware | None,
     context: str | None,
     concurrency: int | None,
-    as_json: bool,
+    form: PlanFormat,
 ) -> None:
     """`hardware` None: this machine. Raises PlanRefused, after showing why, when nothing fits."""
     model = settings.models[0]
@@ -40,7 +44,9 @@ def run_plan(
     if concurrency is not None:
         request = replace(request, concurrency=concurrency)
     report = plan(request)
-    if as_json:
+    if form == "helm-values" and report.chosen:
+        out.print(helm_values(settings, report), markup=False, soft_wrap=True, end="", highlight=False)
+    elif form == "json":
         out.print(json.dumps(to_json(report), indent=2), markup=False, soft_wrap=True)
     else:
         out.print(describe(report), markup=False, soft_wrap=True)

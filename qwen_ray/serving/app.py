@@ -34,6 +34,7 @@ APP = "qwen-ray"
 DEPLOYMENT_CPUS = 0.1
 MAX_ONGOING_REQUESTS = 10_000  # Serve does not limit; the engine's queue does, with 429
 CLOSE_SECONDS = 10.0  # beyond draining: for ranks to end
+NODE_POLL_SECONDS = 2.0
 
 
 def build(settings: Settings | dict[str, Any]) -> serve.Application:
@@ -82,13 +83,26 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
 
 
 def replica_spec(settings: Settings) -> ReplicaSpec:
-    """What every replica of the one model is told, planned for the cluster that Ray is connected to."""
+    """What every replica of the one model is told, planned for the cluster that Ray is connected to.
+
+    With `node_timeout` as soon as the fewest replicas fit: on Kubernetes the application comes before the nodes.
+    """
     model = _one_model(settings)
     path = resolve(model.source, settings.cache_dir, revision=model.revision)
     config = load_purpose(path, model.task).applied(load_config(path))
-    request = plan_request(settings, model, config, hardware(), dp=model.replicas.max)
-    spec = plan(request).require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
-    return replace(spec, logs=settings.observability.logs)
+    num_copies = model.replicas.min if settings.node_timeout else model.replicas.max
+    deadline = time.monotonic() + settings.node_timeout
+    while True:
+        found = hardware()
+        is_last = time.monotonic() >= deadline
+        if found.nodes or is_last:
+            report = plan(plan_request(settings, model, config, found, dp=num_copies))
+            if report.chosen or is_last:
+                spec = report.require().replica_spec(
+                    name=model.name, path=str(path), load_format=model.load_format
+                )
+                return replace(spec, logs=settings.observability.logs)
+        time.sleep(NODE_POLL_SECONDS)
 
 
 def has_room_for_one_more(settings: Settings, spec: ReplicaSpec) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qwen_ray.config import Settings
+from qwen_ray.core.errors import PlanRefused
 from qwen_ray.core.hardware import GIB, Hardware, Node, cpu_device
 
 with warnings.catch_warnings():
@@ -70,3 +71,28 @@ def test_what_decides_tokens_is_in_the_fingerprint(model: str) -> None:
     assert app.replica_spec(settings(model, max=2)).fingerprint == spec.fingerprint
     other = Settings.from_dict({"models": [{"source": model, "load_format": "dummy", "max_model_len": 256}]})
     assert app.replica_spec(other).fingerprint != spec.fingerprint
+
+
+def test_with_a_node_timeout_it_waits_for_nodes_and_plans_for_the_fewest(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(device=cpu_device(num_cores=4, memory_bytes=8 * GIB), num_devices=1, num_cores=4)
+    joining = iter([Hardware(nodes=()), Hardware(nodes=()), Hardware(nodes=(node,))])
+    monkeypatch.setattr(app, "hardware", lambda: next(joining))
+    monkeypatch.setattr(app, "NODE_POLL_SECONDS", 0.0)
+    asked = settings(model, max=50)  # of which one fits
+    spec = app.replica_spec(asked.model_copy(update={"node_timeout": 60.0}))
+    assert spec.plan.world_size == 1
+    assert next(joining, None) is None
+
+
+def test_it_waits_no_longer_than_that_and_not_at_all_by_default(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(app, "hardware", lambda: asked.append(app.time.monotonic()) or Hardware(nodes=()))
+    monkeypatch.setattr(app, "NODE_POLL_SECONDS", 0.02)
+    with pytest.raises(PlanRefused):
+        app.replica_spec(settings(model))
+    assert len(asked) == 1
+    with pytest.raises(PlanRefused):
+        app.replica_spec(settings(model).model_copy(update={"node_timeout": 0.2}))
+    assert len(asked) > 2
