@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from qwen_ray.core.stats import EngineStats, RankStats, RequestTimes, StepStats
+from qwen_ray.core.stats import EngineStats, RankStats, RequestTimes, ScalingStats, StepStats
 from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Owner
 from qwen_ray.metrics.exporter import exposition, merge
 from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
@@ -32,6 +32,7 @@ def rank(number: int) -> RankStats:
 def replica(name: str) -> ReplicaRecorder:
     recorder = ReplicaRecorder("m", name)
     recorder.ranks = [rank(0), rank(1)]
+    recorder.pressures = {"backlog": 0.5, "kv_cache": 0.0}
     recorder.engine = EngineStats(num_running=3, num_blocks=10, num_used_blocks=5, block_size=16)
     return recorder
 
@@ -46,7 +47,8 @@ def values(text: str, sample: str) -> dict[tuple[tuple[str, str], ...], float]:
 
 
 def test_every_name_of_the_catalog_is_exported_once_with_its_labels() -> None:
-    ingress = IngressRecorder("m", "i")
+    ingress = IngressRecorder("m", "i", price_per_hour=2.0)
+    ingress.scaling = ScalingStats(target=2, asked=1, min=1, max=4, decisions={("up", "backlog"): 1})
     ingress.http_request("/v1/models", 200)
     text = merge([exposition(ingress.registry), exposition(replica("a").registry), exposition(replica("b").registry)])
     assert len(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)) == len(
