@@ -122,7 +122,10 @@ class ScalingStats:
     max: int
     reason: str = ""  # for what is asked: backlog, kv_cache, idle; empty where it is the target
     # By (direction, reason): settings where the target changed though the policy did not ask for it.
-    decisions: dict[tuple[str, str], int] = field(default_factory=dict)
+    # What can happen is there from the start: a counter that begins at 1 hides its first event.
+    decisions: dict[tuple[str, str], int] = field(
+        default_factory=lambda: dict.fromkeys((("up", "backlog"), ("up", "kv_cache"), ("down", "idle")), 0)
+    )
 
     def then(self, target: int, asked: int, reason: str, bounds: tuple[int, int]) -> ScalingStats:
         """What is so a moment later; a new target is a decision, for the reason that was there before it."""
