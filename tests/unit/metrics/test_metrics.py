@@ -167,3 +167,23 @@ def test_sequences_as_an_ingress_sees_them() -> None:
 
 def test_merging_nothing() -> None:
     assert merge(["", ""]) == "\n"
+
+
+def test_names_that_gateways_scalers_and_dashboards_made_for_vllm_ask_for() -> None:
+    histograms = [
+        *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds"),
+        *("e2e_request_latency_seconds", "request_prompt_tokens", "request_generation_tokens"),
+        *(f"request_{part}_time_seconds" for part in ("queue", "prefill", "decode", "inference")),
+    ]
+    gauges = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"]
+    counters = [
+        *("prompt_tokens_total", "generation_tokens_total", "request_success_total", "num_preemptions_total"),
+        *("prefix_cache_queries_total", "prefix_cache_hits_total"),
+    ]
+    rows = {row.name: row for rows in BY_OWNER.values() for row in rows}
+    for kind, names in (("histogram", histograms), ("gauge", gauges), ("counter", counters)):
+        for name in names:
+            assert rows[f"vllm:{name}"].kind == kind
+    assert rows["vllm:request_success_total"].labels == ("finished_reason",)
+    assert rows["vllm:cache_config_info"].labels == ("block_size", "num_gpu_blocks")
+    assert all("model_name" in labels for labels in PROCESS_LABELS.values())
