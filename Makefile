@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 UNIT_TIER := -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py tests/unit
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test test-clients check chaos bench bench-moe bench-peers clean help render
+.PHONY: install dev serve test test-clients check chaos render dashboards bench bench-moe bench-peers clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-clients                       other people's clients, each in an environment of its own, at a real server"
 	@echo "make render                             chart's schema, manifests and copies, from what they are made of"
 	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
+	@echo "make dashboards                         Grafana's JSON from observability/panels, and a picture of each"
 	@echo "make bench [ARGS='--concurrency 8']     load the server that is running"
 	@echo "make bench-moe                          decode a mixture of experts on this CPU, beside its memory's bandwidth"
 	@echo "make bench-peers [ARGS='--dry-run']     beside llama.cpp, vLLM, OpenVINO and transformers on this CPU; resumable"
@@ -78,6 +79,11 @@ chaos: dev
 
 render: dev
 	$(BIN)/python -m deploy.render "$$($(BIN)/python tests/deploy/tools.py)"
+
+# The JSON from its source, and a picture of each from a running server's metrics (apt-get install prometheus chromium).
+dashboards: dev
+	$(BIN)/python -m observability.panels
+	QWEN_RAY_PICTURES=observability/dashboards $(PYTEST) tests/deploy/test_observability.py
 
 bench: install
 	@$(BIN)/qwen-ray bench $(ARGS)

@@ -201,6 +201,9 @@ class ObservabilitySettings(Section):
     ray_dashboard: bool = Field(default=False, description="start Ray's dashboard with a local Ray")
     audit_log: HomePath | None = Field(default=None, description="file with a JSON line for every request, appended to")
     audit_contents: bool = Field(default=False, description="prompts and answers in the audit log")
+    price_per_hour: float | None = Field(
+        default=None, gt=0, description="of one replica, in your currency: a metric, for what tokens cost"
+    )
     audit_max_bytes: Bytes = Field(default=100 * 2**20, description="of the audit log, then FILE.1 to FILE.9 are kept")
 
     @property
@@ -295,6 +298,7 @@ OPTIONS: dict[str, str] = {
     "audit-log": "observability.audit_log",
     "audit-contents": "observability.audit_contents",
     "audit-max-bytes": "observability.audit_max_bytes",
+    "price-per-hour": "observability.price_per_hour",
     "cache-dir": "cache_dir",
     "address": "ray_address",
     "node-timeout": "node_timeout",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,15 @@ class StepStats:
     schedule_seconds: float
     step_seconds: float  # submit to result, as the engine sees it
     rank_seconds: float  # of that, inside the sampling rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTimes:
+    """Seconds of each phase of a start of all ranks, one after the other."""
+
+    placed: float = 0.0  # a place was found, and processes with libraries run there
+    read: float = 0.0  # weights
+    warmed_up: float = 0.0  # the ranks have met, and run steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +110,34 @@ class EngineStats:
     @property
     def kv_usage(self) -> float:
         return self.num_used_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingStats:
+    """What autoscaling has last decided, and how often so far; counts of replicas."""
+
+    target: int
+    asked: int  # by the policy, before delays and bounds
+    min: int
+    max: int
+    reason: str = ""  # for what is asked: backlog, kv_cache, idle; empty where it is the target
+    # By (direction, reason): settings where the target changed though the policy did not ask for it.
+    # What can happen is there from the start: a counter that begins at 1 hides its first event.
+    decisions: dict[tuple[str, str], int] = field(
+        default_factory=lambda: dict.fromkeys((("up", "backlog"), ("up", "kv_cache"), ("down", "idle")), 0)
+    )
+
+    def then(self, target: int, asked: int, reason: str, bounds: tuple[int, int]) -> ScalingStats:
+        """What is so a moment later; a new target is a decision, for the reason that was there before it."""
+        decisions = dict(self.decisions)
+        if target != self.target:
+            is_up = target > self.target
+            was_asked = (self.asked > self.target) if is_up else (self.asked < self.target)
+            why = ("up" if is_up else "down", self.reason if was_asked else "settings")
+            decisions[why] = decisions.get(why, 0) + 1
+        return replace(
+            self, target=target, asked=asked, reason=reason, min=bounds[0], max=bounds[1], decisions=decisions
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,16 @@ INGRESS: tuple[Metric, ...] = (
     Metric("qwen_ray_open_sequences", "gauge", "Sequences whose answer is not complete."),
     Metric("qwen_ray_unplaced_sequences", "gauge", "Of them, those that wait for a replica to be ready."),
     Metric("qwen_ray_replicas", "gauge", "Replicas that this ingress is connected to.", ("state",)),
+    Metric("qwen_ray_price_per_hour", "gauge", "What a replica costs by the hour, as the settings have it; only then."),
+    Metric(
+        "qwen_ray_autoscaling_replicas",
+        "gauge",
+        "Replicas: target, what the policy asks for (before delays and bounds), min and max.",
+        ("which",),
+    ),
+    Metric(
+        "qwen_ray_autoscaling_decisions_total", "counter", "Changes of the target, and why.", ("direction", "reason")
+    ),
 )
 
 REPLICA: tuple[Metric, ...] = (
@@ -102,6 +112,13 @@ REPLICA: tuple[Metric, ...] = (
     Metric("qwen_ray_step_schedule_seconds", "histogram", "Scheduling of one step.", (), OVERHEAD),
     Metric("qwen_ray_step_transport_seconds", "histogram", "A step's time outside its sampling rank.", (), OVERHEAD),
     Metric("qwen_ray_load_seconds", "gauge", "From start to ready, of the ranks that run now."),
+    Metric("qwen_ray_start_seconds", "gauge", "Of it, phases: placed, read, warmed_up.", ("phase",)),
+    Metric(
+        "qwen_ray_autoscaling_pressure",
+        "gauge",
+        "How much too small the replica is: more than 1 asks for another one.",
+        ("reason",),
+    ),
     Metric("qwen_ray_expert_tokens_total", "counter", "Tokens that an expert has computed.", ("layer", "expert")),
     Metric(
         "qwen_ray_expert_imbalance", "gauge", "Tokens of the fullest expert rank over those of the mean one, lately."

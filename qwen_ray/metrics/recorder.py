@@ -14,9 +14,27 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from qwen_ray.core.stats import EngineStats, ExpertLoad, RankStats, RepairTimes, RequestTimes, StepStats
+from qwen_ray.core.stats import (
+    EngineStats,
+    ExpertLoad,
+    RankStats,
+    RepairTimes,
+    RequestTimes,
+    ScalingStats,
+    StartTimes,
+    StepStats,
+)
 from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Metric, Owner
 
+# Of an ingress: read when somebody collects, not observed.
+SAMPLED = (
+    "qwen_ray_open_sequences",
+    "qwen_ray_unplaced_sequences",
+    "qwen_ray_replicas",
+    "qwen_ray_price_per_hour",
+    "qwen_ray_autoscaling_replicas",
+    "qwen_ray_autoscaling_decisions_total",
+)
 REPLICA_STATES = ("loading", "ready", "repairing", "draining", "failed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -89,12 +107,13 @@ class Snapshot(Collector):
 
 
 class IngressRecorder:
-    """Sequences as the client sees them."""
+    """Sequences as the client sees them, and what is known of the application as a whole."""
 
-    def __init__(self, model: str, ingress: str) -> None:
+    def __init__(self, model: str, ingress: str, price_per_hour: float | None = None) -> None:
         self.registry = CollectorRegistry()
-        sampled = ("qwen_ray_open_sequences", "qwen_ray_unplaced_sequences", "qwen_ray_replicas")
-        names = [metric.name for metric in BY_OWNER["ingress"] if metric.name not in sampled]
+        self.scaling: ScalingStats | None = None  # None until Serve has asked for the first time
+        self._price_per_hour = price_per_hour
+        names = [metric.name for metric in BY_OWNER["ingress"] if metric.name not in SAMPLED]
         self._instruments = Instruments(self.registry, "ingress", names, (model, ingress))
         for reason in FINISH_REASONS:
             self._instruments.count("vllm:request_success_total", 0, reason)
@@ -115,6 +134,8 @@ class IngressRecorder:
                 "qwen_ray_open_sequences": num_open,
                 "qwen_ray_unplaced_sequences": num_unplaced,
                 "qwen_ray_replicas": {(state,): float(count) for state, count in states.items()},
+                **({} if self._price_per_hour is None else {"qwen_ray_price_per_hour": self._price_per_hour}),
+                **({} if self.scaling is None else _scaling_values(self.scaling)),
             },
         )
 
@@ -155,6 +176,14 @@ class IngressRecorder:
             observe("vllm:request_time_per_output_token_seconds", per_token)
 
 
+def _scaling_values(scaling: ScalingStats) -> Values:
+    names = ("target", "asked", "min", "max")
+    return {
+        "qwen_ray_autoscaling_replicas": {(name,): float(getattr(scaling, name)) for name in names},
+        "qwen_ray_autoscaling_decisions_total": dict(scaling.decisions),
+    }
+
+
 class ReplicaRecorder:
     """An engine's steps and sequences, and, when collected, its numbers and its ranks'."""
 
@@ -163,7 +192,9 @@ class ReplicaRecorder:
         self._process = (model, replica)
         self.engine = EngineStats()
         self.ranks: Sequence[RankStats] = ()
+        self.pressures: Mapping[str, float] = {}  # by reason
         self.load_seconds = 0.0
+        self.start = StartTimes()
         self.num_restarts = 0
         self.num_repairs = 0
         self.repair = RepairTimes()
@@ -218,6 +249,8 @@ class ReplicaRecorder:
             "qwen_ray_sampled_tokens_total": engine.output_tokens_total,
             "qwen_ray_steps_total": engine.steps_total,
             "qwen_ray_load_seconds": self.load_seconds,
+            "qwen_ray_start_seconds": {(phase,): seconds for phase, seconds in asdict(self.start).items()},
+            "qwen_ray_autoscaling_pressure": {(reason,): value for reason, value in self.pressures.items()},
             "qwen_ray_replica_restarts_total": self.num_restarts,
             "qwen_ray_rank_repairs_total": self.num_repairs,
             "qwen_ray_repair_seconds": {(phase,): seconds for phase, seconds in asdict(self.repair).items()},

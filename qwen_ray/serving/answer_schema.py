@@ -175,3 +175,10 @@ class ErrorAnswer(BaseModel):
     """Of every answer that is an error; in a stream that has begun, it is the last event but [DONE]."""
 
     error: ErrorDetail
+
+
+class TargetGroup(BaseModel):
+    """Of Prometheus' HTTP service discovery."""
+
+    targets: list[str]
+    labels: dict[str, str]

@@ -15,7 +15,8 @@ from typing import Any
 from qwen_ray.cluster.channel import Channel
 from qwen_ray.cluster.directory import Entry
 from qwen_ray.cluster.wire import ChannelClosed
-from qwen_ray.core.stats import ExpertLoad
+from qwen_ray.core.errors import InvalidRequest, NotReady
+from qwen_ray.core.stats import ExpertLoad, ScalingStats
 from qwen_ray.metrics.exporter import exposition, merge
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.dispatch import Dispatcher
@@ -27,7 +28,13 @@ logger = logging.getLogger(__name__)
 ASK_SECONDS = 2.0
 
 
+async def _unknown() -> ScalingStats | None:
+    return None
+
+
 class Fleet:
+    """`last_decided`: what autoscaling has, None where nobody scales."""
+
     def __init__(
         self,
         ingress: str,
@@ -35,21 +42,49 @@ class Fleet:
         recorder: IngressRecorder,
         find_ingresses: Callable[[], Awaitable[list[Entry]]],
         connect: Callable[[Entry], Awaitable[Channel[Any]]],
+        last_decided: Callable[[], Awaitable[ScalingStats | None]] = _unknown,
     ) -> None:
         self._ingress = ingress
         self._dispatcher = dispatcher
         self._recorder = recorder
         self._find_ingresses = find_ingresses
         self._connect = connect
+        self._last_decided = last_decided
 
     async def metrics(self) -> str:
         """One exposition of every ingress, replica and rank."""
-        others = [entry for entry in await self._ingresses() if entry.id != self._ingress]
+        entries = await self._ingresses()
         texts = await asyncio.gather(
-            *(self._replica_metrics(link) for link in self._dispatcher.links),
-            *(self._ingress_metrics(entry) for entry in others),
+            self._own_metrics(),
+            *(_or_nothing(self._replica_metrics(link)) for link in self._dispatcher.links),
+            *(_or_nothing(self._ingress_metrics(entry)) for entry in entries if entry.id != self._ingress),
         )
-        return merge([exposition(self._recorder.registry), *texts])
+        return merge(texts)
+
+    async def metrics_of(self, ingress: str | None, replica: str | None) -> str:
+        """One process's part of it. Raises InvalidRequest for a process that is not there, NotReady for one that does
+        not answer, so that whoever watches it can tell."""
+        if (ingress is None) == (replica is None):
+            raise InvalidRequest("Either `ingress` or `replica`, or none of them for all.", param="ingress")
+        try:
+            if ingress == self._ingress:
+                return merge([await self._own_metrics()])
+            for entry in await self._ingresses():
+                if entry.id == ingress:
+                    return merge([await self._ingress_metrics(entry)])
+            for link in self._dispatcher.links:
+                if link.replica == replica:
+                    return merge([await self._replica_metrics(link)])
+        except ChannelClosed as error:
+            raise NotReady(str(error)) from error
+        param = "replica" if ingress is None else "ingress"
+        raise InvalidRequest(f"There is no {param} `{ingress or replica}` now.", param=param, code="unknown_process")
+
+    async def processes(self) -> list[tuple[str, str]]:
+        """Those that `metrics_of` knows: kind and id."""
+        ingresses = {self._ingress, *(entry.id for entry in await self._ingresses())}
+        replicas = {link.replica for link in self._dispatcher.links}
+        return [*(("ingress", name) for name in sorted(ingresses)), *(("replica", name) for name in sorted(replicas))]
 
     async def status(self) -> dict[str, Any]:
         """Ingresses, replicas and their ranks as plain JSON."""
@@ -69,7 +104,15 @@ class Fleet:
         """Another ingress, which asks for this one's own metrics. A Listener's handler."""
         async for message in channel:
             if isinstance(message, Ask):
-                channel.send(Answer(ask_id=message.ask_id, metrics=exposition(self._recorder.registry)))
+                channel.send(Answer(ask_id=message.ask_id, metrics=await self._own_metrics()))
+
+    async def _own_metrics(self) -> str:
+        try:
+            async with asyncio.timeout(ASK_SECONDS / 2):
+                self._recorder.scaling = await self._last_decided()
+        except Exception as error:  # the GCS is away: Ray's own errors, of several kinds
+            logger.warning("autoscaling not readable: %s", error)
+        return exposition(self._recorder.registry)
 
     async def _ingresses(self) -> list[Entry]:
         try:
@@ -80,11 +123,8 @@ class Fleet:
             return []
 
     async def _replica_metrics(self, link: Link) -> str:
-        try:
-            return (await link.ask("metrics", seconds=ASK_SECONDS)).metrics
-        except ChannelClosed as error:
-            logger.warning("no metrics from %s: %s", link.replica, error)
-            return ""
+        """Raises ChannelClosed."""
+        return (await link.ask("metrics", seconds=ASK_SECONDS)).metrics
 
     async def _replica_status(self, link: Link) -> dict[str, Any]:
         """What it says now, or what it said last."""
@@ -108,6 +148,7 @@ class Fleet:
             return None
 
     async def _ingress_metrics(self, entry: Entry) -> str:
+        """Raises ChannelClosed."""
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 channel = await self._connect(entry)
@@ -116,7 +157,16 @@ class Fleet:
                     answer = await anext(channel, None)
                 finally:
                     channel.close()
-        except (ChannelClosed, TimeoutError) as error:
-            logger.warning("no metrics from ingress %s: %s", entry.id, error)
-            return ""
-        return answer.metrics if isinstance(answer, Answer) else ""
+        except TimeoutError as error:
+            raise ChannelClosed(f"ingress {entry.id} did not answer within {ASK_SECONDS} s") from error
+        if not isinstance(answer, Answer):
+            raise ChannelClosed(f"ingress {entry.id} has hung up")
+        return answer.metrics
+
+
+async def _or_nothing(metrics: Awaitable[str]) -> str:
+    try:
+        return await metrics
+    except ChannelClosed as error:
+        logger.warning("metrics of a process are left out: %s", error)
+        return ""

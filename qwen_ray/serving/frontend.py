@@ -17,6 +17,7 @@ from qwen_ray.core.plan import ReplicaSpec
 from qwen_ray.grammar.checker import GrammarChecker
 from qwen_ray.metrics.recorder import IngressRecorder
 from qwen_ray.serving.audit import AuditLog
+from qwen_ray.serving.autoscaling import last_decided
 from qwen_ray.serving.dispatch import Dispatcher
 from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.generation import Generator, Model
@@ -44,7 +45,7 @@ class Frontend:
         in_place: bool,
     ) -> None:
         keys = KeyRing(settings.http)
-        recorder = IngressRecorder(model.name, name)
+        recorder = IngressRecorder(model.name, name, settings.observability.price_per_hour)
         self._grammars = GrammarChecker(Path(spec.path), settings.models[0].load_format, model.vocab_size)
         self.dispatcher = Dispatcher(
             lambda: directory.list("replica"),
@@ -62,7 +63,14 @@ class Frontend:
                 Counter(status.state for status in self.dispatcher.statuses),
             )
         )
-        self.fleet = Fleet(name, self.dispatcher, recorder, lambda: directory.list("ingress"), open_channel)
+        self.fleet = Fleet(
+            name,
+            self.dispatcher,
+            recorder,
+            lambda: directory.list("ingress"),
+            open_channel,
+            lambda: last_decided(directory.app),
+        )
         self.service = Service(
             generator=Generator(
                 model,
@@ -74,9 +82,7 @@ class Frontend:
             ),
             dispatcher=self.dispatcher,
             recorder=recorder,
-            metrics=self.fleet.metrics,
-            status=self.fleet.status,
-            expert_load=self.fleet.expert_load,
+            fleet=self.fleet,
             keys=keys,
             open_requests=OpenRequests(settings.http.max_open_requests),
             max_body_bytes=settings.http.max_body_bytes,

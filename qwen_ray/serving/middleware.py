@@ -33,7 +33,7 @@ MAX_SHOWN = 200  # characters of a path in records
 
 # Of the server, and asked by machines that have no key: whether it lives, and can take requests.
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/health/startup"})
-NOT_AUDITED = OPEN_PATHS | {"/metrics"}
+NOT_AUDITED = OPEN_PATHS | {"/metrics", "/metrics/targets"}
 
 
 class Watch:

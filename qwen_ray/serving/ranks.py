@@ -16,7 +16,7 @@ from qwen_ray.cluster.executor import RayExecutor
 from qwen_ray.cluster.group import RankGroup
 from qwen_ray.core.errors import QwenRayError, RankFailed
 from qwen_ray.core.plan import ReplicaSpec
-from qwen_ray.core.stats import EngineStats, RankStats, RepairTimes, StepStats
+from qwen_ray.core.stats import EngineStats, RankStats, RepairTimes, StartTimes, StepStats
 from qwen_ray.core.step import MoveExperts, StepBatch, StepResult
 from qwen_ray.serving.expert_balancer import ExpertBalancer
 from qwen_ray.serving.patience import Patience
@@ -38,6 +38,7 @@ class Ranks:
         self.stage = "starting"
         self.bytes = (0, 0)  # of weights: read, and in all, 0 while unknown
         self.load_seconds = 0.0
+        self.start_times = StartTimes()  # of it
         self.num_repairs = 0
         self.num_restarts = 0
         self.repair_times = RepairTimes()  # of the last one
@@ -48,6 +49,7 @@ class Ranks:
         self._on_failure = on_failure
         self._group: RankGroup | None = None
         self._executor: RayExecutor | None = None
+        self._stages: dict[str, float] = {}  # of the start under way, monotonic
         self._num_fruitless = 0
         self._num_steps = 0
         self._num_poisonous = 0
@@ -146,6 +148,7 @@ class Ranks:
     async def _start_once(self) -> None:
         started = time.monotonic()
         self.stage, self.bytes = "starting", (0, 0)
+        self._stages = {}
         spec = self._spec
         if self._balancer is not None:
             spec = replace(spec, plan=replace(spec.plan, experts=self._balancer.placement))
@@ -160,7 +163,11 @@ class Ranks:
         group.on_failure = fail
         self._group = group
         self.patience.learn(group.warm_up.num_tokens, group.warm_up.seconds)
-        self.load_seconds = time.monotonic() - started
+        ready = time.monotonic()
+        read = self._stages.get("warming up", ready)
+        placed = self._stages.get("reading weights", read)
+        self.start_times = StartTimes(placed=placed - started, read=read - placed, warmed_up=ready - read)
+        self.load_seconds = ready - started
         self.stalled_seconds = 0.0
         self.stage = "ready"
 
@@ -193,3 +200,4 @@ class Ranks:
         self.bytes = (done, total)
         if self.stage != "repairing":
             self.stage = "reading weights" if done < total else "warming up"
+            self._stages.setdefault(self.stage, time.monotonic())

@@ -27,7 +27,7 @@ from qwen_ray.core.stats import RankStats, StepStats
 from qwen_ray.engine.engine import Engine
 from qwen_ray.metrics.exporter import exposition
 from qwen_ray.metrics.recorder import ReplicaRecorder
-from qwen_ray.serving.autoscaling import autoscaling_stats
+from qwen_ray.serving.autoscaling import autoscaling_stats, pressures
 from qwen_ray.serving.expert_balancer import ExpertBalancer
 from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaStatus
 from qwen_ray.serving.ranks import Ranks
@@ -231,7 +231,9 @@ class Replica:
         if ask.what == "metrics":
             self._recorder.engine = self._engine.stats()
             self._recorder.ranks = ranks
+            self._recorder.pressures = pressures(self._recorder.engine, self._spec.engine)
             self._recorder.load_seconds = self._ranks.load_seconds
+            self._recorder.start = self._ranks.start_times
             self._recorder.num_restarts = self._ranks.num_restarts
             self._recorder.num_repairs = self._ranks.num_repairs
             self._recorder.repair = self._ranks.repair_times

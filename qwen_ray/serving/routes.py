@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 
@@ -21,6 +20,7 @@ from qwen_ray.serving.answer import token_text
 from qwen_ray.serving.audit import AuditLog
 from qwen_ray.serving.call import Call
 from qwen_ray.serving.dispatch import Dispatcher
+from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.generation import Generator
 from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
@@ -39,14 +39,12 @@ GIVES: dict[Task, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """What the routes stand on. `metrics` and `status` speak for all processes."""
+    """What the routes stand on. `fleet` speaks for all processes."""
 
     generator: Generator
     dispatcher: Dispatcher
     recorder: IngressRecorder
-    metrics: Callable[[], Awaitable[str]]
-    status: Callable[[], Awaitable[dict[str, Any]]]
-    expert_load: Callable[[], Awaitable[tuple[tuple[int, ...], ...]]]
+    fleet: Fleet
     keys: KeyRing
     open_requests: OpenRequests
     max_body_bytes: int
@@ -244,13 +242,30 @@ async def startup(request: Request) -> JSONResponse:
     return JSONResponse(body, status_code=200 if is_ready else 503)
 
 
+ProcessId = Annotated[str | None, Query(max_length=200)]
 _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 @router.get("/metrics", response_class=Response, responses=_TEXT)
-async def metrics(request: Request) -> Response:
-    """Of every ingress, replica and rank."""
-    return PlainTextResponse(await _service(request).metrics(), media_type=CONTENT_TYPE)
+async def metrics(request: Request, ingress: ProcessId = None, replica: ProcessId = None) -> Response:
+    """Of every ingress, replica and rank; or of one ingress, or of one replica with its ranks."""
+    fleet = _service(request).fleet
+    is_whole = ingress is None and replica is None
+    text = await fleet.metrics() if is_whole else await fleet.metrics_of(ingress, replica)
+    return PlainTextResponse(text, media_type=CONTENT_TYPE)
+
+
+@router.get("/metrics/targets")
+async def metrics_targets(request: Request) -> list[answer_schema.TargetGroup]:
+    """For Prometheus' HTTP service discovery: each process a target of its own, reached as this was. Together they
+    give what `/metrics` gives without parameters."""
+    return [
+        answer_schema.TargetGroup(
+            targets=[request.url.netloc],
+            labels={"__metrics_path__": "/metrics", f"__param_{kind}": name, "instance": f"{kind}/{name}"},
+        )
+        for kind, name in await _service(request).fleet.processes()
+    ]
 
 
 @router.get("/version")
@@ -262,13 +277,13 @@ async def show_version() -> dict[str, str]:
 async def status(request: Request) -> dict[str, Any]:
     """Replicas, ranks and engines, for people and scripts."""
     service = _service(request)
-    return {"version": VERSION, "model": service.card().model_dump(), **await service.status()}
+    return {"version": VERSION, "model": service.card().model_dump(), **await service.fleet.status()}
 
 
 @router.get("/expert_load")
 async def expert_load(request: Request) -> dict[str, Any]:
     """How often each expert was asked for, by layer: what `qwen-ray plan --expert-load` reads."""
     service = _service(request)
-    tokens = await service.expert_load()
+    tokens = await service.fleet.expert_load()
     num_experts = max(map(len, tokens), default=0)
     return ExpertLoadFile(model=service.card().id, num_experts=num_experts, expert_tokens=tokens).to_json()

@@ -47,7 +47,7 @@ def url(checkpoint: Path) -> Iterator[str]:
         "--port",
         str(port),
     ]
-    options = ["--max-model-len", "512", "--kv-cache-memory", "4MiB", "--dtype", "float32"]
+    options = ["--max-model-len", "512", "--kv-cache-memory", "4MiB", "--dtype", "float32", "--price-per-hour", "2"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}"
     try:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from qwen_ray.core.stats import EngineStats, RankStats, RequestTimes, StepStats
+from qwen_ray.core.stats import EngineStats, RankStats, RequestTimes, ScalingStats, StepStats
 from qwen_ray.metrics.catalog import BY_OWNER, PROCESS_LABELS, Owner
 from qwen_ray.metrics.exporter import exposition, merge
 from qwen_ray.metrics.recorder import IngressRecorder, ReplicaRecorder
@@ -32,6 +32,7 @@ def rank(number: int) -> RankStats:
 def replica(name: str) -> ReplicaRecorder:
     recorder = ReplicaRecorder("m", name)
     recorder.ranks = [rank(0), rank(1)]
+    recorder.pressures = {"backlog": 0.5, "kv_cache": 0.0}
     recorder.engine = EngineStats(num_running=3, num_blocks=10, num_used_blocks=5, block_size=16)
     return recorder
 
@@ -46,7 +47,8 @@ def values(text: str, sample: str) -> dict[tuple[tuple[str, str], ...], float]:
 
 
 def test_every_name_of_the_catalog_is_exported_once_with_its_labels() -> None:
-    ingress = IngressRecorder("m", "i")
+    ingress = IngressRecorder("m", "i", price_per_hour=2.0)
+    ingress.scaling = ScalingStats(target=2, asked=1, min=1, max=4, decisions={("up", "backlog"): 1})
     ingress.http_request("/v1/models", 200)
     text = merge([exposition(ingress.registry), exposition(replica("a").registry), exposition(replica("b").registry)])
     assert len(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)) == len(
@@ -165,3 +167,23 @@ def test_sequences_as_an_ingress_sees_them() -> None:
 
 def test_merging_nothing() -> None:
     assert merge(["", ""]) == "\n"
+
+
+def test_names_that_gateways_scalers_and_dashboards_made_for_vllm_ask_for() -> None:
+    histograms = [
+        *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds"),
+        *("e2e_request_latency_seconds", "request_prompt_tokens", "request_generation_tokens"),
+        *(f"request_{part}_time_seconds" for part in ("queue", "prefill", "decode", "inference")),
+    ]
+    gauges = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"]
+    counters = [
+        *("prompt_tokens_total", "generation_tokens_total", "request_success_total", "num_preemptions_total"),
+        *("prefix_cache_queries_total", "prefix_cache_hits_total"),
+    ]
+    rows = {row.name: row for rows in BY_OWNER.values() for row in rows}
+    for kind, names in (("histogram", histograms), ("gauge", gauges), ("counter", counters)):
+        for name in names:
+            assert rows[f"vllm:{name}"].kind == kind
+    assert rows["vllm:request_success_total"].labels == ("finished_reason",)
+    assert rows["vllm:cache_config_info"].labels == ("block_size", "num_gpu_blocks")
+    assert all("model_name" in labels for labels in PROCESS_LABELS.values())

@@ -47,7 +47,7 @@ async def test_who_when_what_and_how_it_ended(start_server: Any, tmp_path: Path)
     await server.client.post(CHAT, json={**HI, "top_p": 7}, headers=KEY)
     await server.client.post(CHAT, json=HI, headers={"Authorization": "Bearer wrong"})
     await server.client.get("/v1/models", headers=KEY)
-    for path_not_told_of in ("/health/live", "/metrics"):
+    for path_not_told_of in ("/health/live", "/metrics", "/metrics/targets"):
         await server.client.get(path_not_told_of, headers=KEY)
     usage = whole.json()["usage"]
     first, streamed, unknown, wrong, stranger, models = records(path)

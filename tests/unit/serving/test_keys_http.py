@@ -64,7 +64,7 @@ async def test_every_route_of_the_document_but_health_wants_a_key(start_server: 
                     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     for path in HEALTH:
         assert (await server.client.get(path)).status_code == 200
-    for path in ("/metrics", "/status", "/v1/models", "/openapi.json", "/version"):
+    for path in ("/metrics", "/metrics/targets", "/status", "/v1/models", "/openapi.json", "/version"):
         assert (await server.client.get(path, headers=bearer("right"))).status_code == 200
     assert (await server.client.post(CHAT, json=HI, headers=bearer("right"))).status_code == 200
     assert (await server.client.post(CHAT, json=HI, headers={"Authorization": "bearer  right"})).status_code == 200

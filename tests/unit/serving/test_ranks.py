@@ -33,6 +33,7 @@ class Group:
     log: ClassVar[list[str]] = []
     start_errors: ClassVar[list[Exception]] = []
     repair_errors: ClassVar[list[Exception]] = []
+    progress: ClassVar[list[int]] = []  # bytes read of two, after 20 ms each
 
     def __init__(self) -> None:
         self.spec = SPEC
@@ -44,10 +45,13 @@ class Group:
         self.blamed: list[float] = []
 
     @classmethod
-    async def start(cls, spec: Any, **_: Any) -> Group:
+    async def start(cls, spec: Any, on_progress: Callable[[int, int], None], **_: Any) -> Group:
         cls.log.append("start")
         if cls.start_errors:
             raise cls.start_errors.pop(0)
+        for done in cls.progress:
+            await asyncio.sleep(0.02)
+            on_progress(done, 2)
         return cls()
 
     async def repair(self, patience: float) -> RepairTimes:
@@ -76,7 +80,7 @@ class Group:
 @pytest.fixture(autouse=True)
 def groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks_module, "RankGroup", Group)
-    for name in ("log", "start_errors", "repair_errors"):
+    for name in ("log", "start_errors", "repair_errors", "progress"):
         monkeypatch.setattr(Group, name, [])
 
 
@@ -206,3 +210,16 @@ async def test_stopped_ranks_run_nothing() -> None:
     with pytest.raises(RankFailed, match="no ranks are running"):
         life.ranks.submit(STEP)
     assert await life.ranks.stats() == ()
+
+
+@pytest.mark.parametrize("progress", [[0, 1, 2], [2], []])
+async def test_phases_of_a_start_are_all_of_it(progress: list[int]) -> None:
+    Group.progress = progress
+    ranks = Ranks(SPEC, None, lambda: None)
+    await ranks.start()
+    times = ranks.start_times
+    assert times.placed + times.read + times.warmed_up == pytest.approx(ranks.load_seconds)
+    if progress:
+        assert times.placed > 0.01
+    assert (times.read > 0.03) == (len(progress) == 3)
+    await ranks.stop()
