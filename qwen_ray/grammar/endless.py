@@ -43,9 +43,15 @@ def is_endless_lark(text: str) -> bool:
     """Whether no finite text can match `start`, on account of its rules. `text` has few brackets in one another."""
     rules = _rules(_tokens(text))
     finite: set[str] = set()
-    while found := {name for name in rules.keys() - finite if _Body(rules[name], rules, finite).is_finite()}:
-        finite |= found
-    return "start" in rules and "start" not in finite
+    left, num_before = list(rules), len(rules) + 1
+    while len(left) < num_before:  # from below and from above in turn: rules stand in one order or the other
+        num_before = len(left)
+        left.reverse()
+        for name in left:
+            if _Body(rules[name], rules, finite).is_finite():
+                finite.add(name)
+        left = [name for name in left if name not in finite]
+    return "start" in left
 
 
 def _tokens(text: str) -> list[_Token]:
