@@ -62,7 +62,7 @@ def check(child: subprocess.Popen[bytes], event: Event) -> None:
         raise ChildFailed(event["message"], event["exit_code"])
     if event["event"] == "end":
         code = child.wait()
-        raise ChildFailed(f"The server process ended unexpectedly (exit code {code}).", 1)
+        raise ChildFailed(f"Its process ended unexpectedly (exit code {code}).", 1)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def log_file(settings: Settings, name: str) -> Iterator[Any]:
         try:
             yield log
         except ChildFailed:
-            err.print(f"The server's log is {path}; Ray's logs are in /tmp/ray/session_latest/logs.", markup=False)
+            err.print(f"Its log is {path}; Ray's logs are in /tmp/ray/session_latest/logs.", markup=False)
             raise
 
 

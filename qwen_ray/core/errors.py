@@ -11,7 +11,7 @@
     │   ├── Overloaded          429  queues are full; `retry_after` says when to come back
     │   │   └── RateLimited     429  a key has used its requests or tokens of this minute
     │   ├── NotReady            503  no replica can take requests yet
-    │   ├── DeadlineExceeded    504  its time was up before its first token
+    │   ├── DeadlineExceeded    408  the time it gave itself was up before its first token
     │   └── RequestFailed       500  the engine or a rank failed while running it
     ├── SettingsError           exit 2  a settings key is wrong: `field` names it
     ├── SourceError             exit 3  a model's files could not be found or fetched
@@ -126,7 +126,9 @@ class NotReady(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    status = 504
+    """Its own time, not the server's: no 5xx, which would be an alarm."""
+
+    status = 408
     kind = "timeout_error"
 
     def __init__(self, message: str) -> None:

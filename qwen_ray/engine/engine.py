@@ -146,7 +146,7 @@ class Engine:
             StepStats(
                 num_sequences=len(step.batch.chunks),
                 num_tokens=step.batch.num_tokens,
-                num_output_tokens=len(result.samples),
+                num_output_tokens=sum(not sample.pooled for sample in result.samples),
                 schedule_seconds=step.schedule_seconds,
                 step_seconds=step_seconds,
                 rank_seconds=result.seconds,

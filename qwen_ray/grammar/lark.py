@@ -15,6 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import Grammar
+from qwen_ray.grammar.endless import is_endless_lark
 from qwen_ray.grammar.recursion import is_endless
 
 MAX_GRAMMAR_DEPTH = 64  # of brackets in one another
@@ -49,9 +50,12 @@ def from_gbnf(text: str) -> str:
     """Lark, which is left as it is, or llama.cpp's GBNF. Raises InvalidRequest."""
     _check_depth(text, "([{", ")]}", "grammar")
     try:
-        return any_to_lark(text)
+        lark = any_to_lark(text)
     except Exception as error:  # it raises plain ones, and whatever a parser meets
         raise _invalid(f"grammar is neither Lark nor GBNF: {error}") from error
+    if is_endless_lark(lark):
+        raise _invalid("the grammar refers to itself without an end: no text can match it")
+    return lark
 
 
 def _invalid(message: str) -> InvalidRequest:

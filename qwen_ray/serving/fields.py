@@ -8,11 +8,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticUseDefault
 
 MAX_KEYS = 100  # of an object whose keys are known
+MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 7 * 24 * 3600.0  # seconds
 
 # JSON numbers only: "0.5" and true are mistakes, not numbers. Ranges are SamplingParams' business.
 Number = Annotated[float, Field(strict=True)]
 Count = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
+Timeout = Annotated[Number, Field(ge=MIN_TIMEOUT, le=MAX_TIMEOUT)]
 
 
 def null_is_default(value: Any) -> Any:

@@ -88,21 +88,26 @@ class Pooler:
                 try:
                     pooled[number] = to_floats(await self._answer(self._request(asked, number, pooling, call), call))
                 except Overloaded:
+                    numbers.appendleft(number)  # for one of those that have a place
                     if num_at_once == 1:
                         raise
-                    numbers.appendleft(number)  # for one of those that have a place
                     break
             num_at_once -= 1
 
         self._recorder.dispatched(time.time() - call.arrival)
         call.trail.was_dispatched()
         call.answer_id = asked.id
+        reason: FinishReason = "abort"
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_at_once):
                     group.create_task(work())
         except ExceptionGroup as errors:
+            reason = "error"
             raise next((e for e in errors.exceptions if isinstance(e, RequestError)), errors) from None
+        finally:
+            for number in numbers:  # refused, or not even begun
+                self._record(len(asked.prompts[number]), reason, call.arrival, time.time())
         now = time.time()
         call.trail.had_tokens(now, now)
         call.outcome = "stop"
@@ -162,10 +167,10 @@ class Pooler:
             raise
         finally:
             if reason is not None:
-                self._record(request, reason, call.arrival, submitted)
+                self._record(len(request.prompt_token_ids), reason, call.arrival, submitted)
 
-    def _record(self, request: GenerateRequest, reason: FinishReason, arrival: float, submitted: float) -> None:
-        now, num_tokens = time.time(), len(request.prompt_token_ids)
+    def _record(self, num_tokens: int, reason: FinishReason, arrival: float, submitted: float) -> None:
+        now = time.time()
         if reason == "stop":
             self._recorder.prompt_tokens(num_tokens)
         self._recorder.finished(

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, model_validator
 
 from qwen_ray.serving.answer_schema import is_none
-from qwen_ray.serving.fields import Amount, Count, Flag, Number, Switch, null_is_default
-from qwen_ray.serving.schema import MAX_TIMEOUT, Prompt, Request, prompt_list
+from qwen_ray.serving.fields import Amount, Count, Flag, Switch, Timeout, null_is_default
+from qwen_ray.serving.schema import Prompt, Request, prompt_list
 
 MAX_INPUTS = 2048  # texts of one request, as OpenAI has it
 
@@ -53,7 +53,7 @@ class PoolingRequest(Request):
     truncation_side: Literal["left", "right"] | None = None
     use_activation: Flag | None = None
     priority: Annotated[Amount, Field(ge=-(2**31), lt=2**31)] = 0
-    timeout: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT)] | None = None
+    timeout: Timeout | None = None
     user: str | None = None
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from qwen_ray.serving.fields import (
     Number,
     Part,
     Switch,
+    Timeout,
     TokenIds,
     null_is_default,
     refuse_many_keys,
@@ -28,7 +29,6 @@ from qwen_ray.serving.message_schema import ConversationFields, Messages
 from qwen_ray.serving.tool_schema import ToolChoice
 from qwen_ray.text.chat import Conversation
 
-MAX_TIMEOUT = 7 * 24 * 3600.0  # seconds
 MAX_DEPTH = 100  # of objects and lists in one another
 
 
@@ -132,7 +132,7 @@ class SamplingFields(GrammarFields, Request):
     return_token_ids: Switch = False
     skip_special_tokens: Switch = True
     priority: Annotated[Amount, Field(ge=-(2**31), lt=2**31)] = 0
-    timeout: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT)] | None = None
+    timeout: Timeout | None = None
     stream: Switch = False
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -98,12 +98,26 @@ def missing_files(folder: Path) -> str | None:
         return "config.json"
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return None if any(folder.glob("*.safetensors")) else "*.safetensors"
+        return _missing_pooling(folder) if any(folder.glob("*.safetensors")) else "*.safetensors"
     try:
         shards: set[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError):
         return f"readable {index.name}"
-    return next((name for name in sorted(shards) if not (folder / name).is_file()), None)
+    missing = next((name for name in sorted(shards) if not (folder / name).is_file()), None)
+    return missing or _missing_pooling(folder)
+
+
+def _missing_pooling(folder: Path) -> str | None:
+    """How an embedding model pools: copies that others have made, of weights alone, do not say it."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return None
+    try:
+        listed = json.loads(modules.read_text(encoding="utf-8"))
+        paths = [str(module["path"]) for module in listed if str(module["type"]).endswith(".Pooling")]
+    except (ValueError, KeyError, TypeError):
+        return f"readable {modules.name}"
+    return next((f"{path}/config.json" for path in paths if not (folder / path / "config.json").is_file()), None)
 
 
 def _watch(

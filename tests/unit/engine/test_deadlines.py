@@ -28,7 +28,7 @@ def test_in_the_queue_it_ends_with_an_error_of_its_own_type() -> None:
     assert (end.finish_reason, end.code) == ("error", DEADLINE_EXCEEDED)
     error = end.to_error()
     assert isinstance(error, DeadlineExceeded)
-    assert (error.status, error.message) == (504, "The request's time was up in the queue.")
+    assert (error.status, error.message) == (408, "The request's time was up in the queue.")
     harness.drain()
     harness.check_ended()
     assert harness.scheduler.stats().overdue_total == 1

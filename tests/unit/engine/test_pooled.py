@@ -12,6 +12,7 @@ from qwen_ray.core.pooling import Pooling
 from qwen_ray.core.request import GenerateRequest
 from tests.unit.engine.fake_ranks import context_of, pooled
 from tests.unit.engine.harness import Harness, request
+from tests.unit.engine.owner import Owner
 
 CONFIG = EngineConfig(num_blocks=12, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=8, depth=2)
 
@@ -62,3 +63,10 @@ def test_after_a_death_it_is_computed_again() -> None:
     harness.die()
     harness.drain()
     harness.check_ended()
+
+
+async def test_what_is_pooled_is_no_token() -> None:
+    async with Owner(CONFIG).running() as owner:
+        owner.add(ask("a", range(3)), request("b", range(3)))
+        await owner.all_ended()
+    assert sum(step.num_output_tokens for step in owner.steps) == len(owner.tokens["b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -228,14 +229,15 @@ async def test_routes_of_another_task_say_what_there_is(embedder: Any, server: A
     assert (await embed(embedder, 404, input="a", model="other"))["code"] == "model_not_found"
 
 
+async def counts(server: Any) -> Callable[[str], float]:
+    text = (await server.client.get("/metrics")).text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    return lambda start: sum(float(number) for name, number in lines.items() if name.startswith(start))
+
+
 async def test_prompts_are_counted_and_nothing_else(embedder: Any) -> None:
     await embed(embedder, input=[[1, 2, 3], [4, 5]])
-    text = (await embedder.client.get("/metrics")).text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-
-    def value(start: str) -> float:
-        return sum(float(number) for name, number in lines.items() if name.startswith(start))
-
+    value = await counts(embedder)
     assert value("vllm:prompt_tokens_total{") == 5
     assert value("vllm:generation_tokens_total{") == 0
     assert value("vllm:time_to_first_token_seconds_count{") == 0
@@ -245,6 +247,21 @@ async def test_prompts_are_counted_and_nothing_else(embedder: Any) -> None:
     assert value("qwen_ray_sampled_tokens_total{") == 0
 
 
+async def test_what_is_refused_is_counted_too(embedder: Any) -> None:
+    embedder.replicas[0].ranks.seconds = 0.3
+    first = asyncio.create_task(embed(embedder, input=[[i] for i in range(8)]))  # all that may wait
+    await embedder.until(lambda: embedder.dispatcher.num_sequences == 8)
+    second = asyncio.create_task(embed(embedder, input=[[i] for i in range(8)]))
+    await embedder.until(lambda: embedder.dispatcher.num_sequences == 16)
+    assert (await embed(embedder, 429, input=[[1], [2], [3]]))["code"] == "overloaded"
+    value = await counts(embedder)
+    assert value('vllm:request_success_total{finished_reason="error"') == 3
+    await first
+    await second
+    value = await counts(embedder)
+    assert value('vllm:request_success_total{finished_reason="stop"') == 16
+
+
 async def test_priority_timeout_and_key_travel_with_each_input(embedder: Any) -> None:
     await embed(embedder, input=["a", "b"], priority=3, timeout=50)
     for request in embedder.replicas[0].requests:
@@ -252,7 +269,7 @@ async def test_priority_timeout_and_key_travel_with_each_input(embedder: Any) ->
         assert 0 < request.deadline - request.arrival <= 50
     embedder.replicas[0].ranks.seconds = 0.5
     response = await embedder.client.post("/v1/embeddings", json={"input": ["a"] * 20, "timeout": 0.6})
-    assert response.status_code == 504
+    assert response.status_code == 408
     await embedder.until(embedder.is_idle)
 
 

@@ -109,6 +109,19 @@ def test_of_folders_those_of_sentence_transformers_modules_come_too(fake: FakeHu
     assert [path.relative_to(folder).as_posix() for path in folder.glob("*/*")] == ["1_Pooling/config.json"]
 
 
+def test_a_copy_that_does_not_say_how_it_pools_is_not_whole(fake: FakeHub, tmp_path: Path) -> None:
+    modules = [
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},  # has no file
+    ]
+    fake.files |= {"modules.json": json.dumps(modules).encode(), "1_Pooling/config.json": b"{}"}
+    folder = hub.fetch("own/m", tmp_path, endpoint=fake.url)
+    assert hub.cached("own/m", tmp_path / "hub") == folder
+    (folder / "1_Pooling" / "config.json").unlink()
+    assert hub.cached("own/m", tmp_path / "hub") is None
+    assert (hub.fetch("own/m", tmp_path, endpoint=fake.url) / "1_Pooling" / "config.json").is_file()
+
+
 def test_what_is_cached_needs_no_network(fake: FakeHub, tmp_path: Path) -> None:
     folder = hub.fetch("own/m", tmp_path, endpoint=fake.url)
     fake.requests.clear()
