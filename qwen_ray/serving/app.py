@@ -98,9 +98,7 @@ def replica_spec(settings: Settings) -> ReplicaSpec:
         if found.nodes or is_last:
             report = plan(plan_request(settings, model, config, found, dp=num_copies))
             if report.chosen or is_last:
-                spec = report.require().replica_spec(
-                    name=model.name, path=str(path), load_format=model.load_format
-                )
+                spec = report.require().replica_spec(name=model.name, path=str(path), load_format=model.load_format)
                 return replace(spec, logs=settings.observability.logs)
         time.sleep(NODE_POLL_SECONDS)
 
