@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 UNIT_TIER := -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py tests/unit
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test test-clients check chaos render dashboards bench bench-moe bench-peers clean help
+.PHONY: install dev serve test test-clients lint check chaos render dashboards bench bench-moe bench-peers clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
@@ -60,10 +60,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: install
 	@exec $(BIN)/qwen-ray serve $(MODEL) $(ARGS)
 
-check: dev
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+check: lint
 	$(PYTEST) $(UNIT_TIER)
 
 test: dev
