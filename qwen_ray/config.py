@@ -198,6 +198,14 @@ class ObservabilitySettings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: LogFormat = Field(default="text", description="of log lines: for people, or a JSON object each")
     log_requests: bool = Field(default=False, description="log prompts and answers")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/?#]+(/\S*)?$",
+        description="OpenTelemetry collector (OTLP over HTTP, such as http://127.0.0.1:4318) that gets traces",
+    )
+    trace_sample_rate: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests that are traced, where the client has not decided"
+    )
     ray_dashboard: bool = Field(default=False, description="start Ray's dashboard with a local Ray")
     audit_log: HomePath | None = Field(default=None, description="file with a JSON line for every request, appended to")
     audit_contents: bool = Field(default=False, description="prompts and answers in the audit log")
@@ -294,6 +302,8 @@ OPTIONS: dict[str, str] = {
     "log-level": "observability.log_level",
     "log-format": "observability.log_format",
     "log-requests": "observability.log_requests",
+    "otlp-traces-endpoint": "observability.otlp_endpoint",
+    "trace-sample-rate": "observability.trace_sample_rate",
     "ray-dashboard": "observability.ray_dashboard",
     "audit-log": "observability.audit_log",
     "audit-contents": "observability.audit_contents",

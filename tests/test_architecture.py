@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "doctor": ({"core", "kernels", "parallel", "machine", "cluster"}, {"torch"}),
     "cluster": ({"core", "worker"}, {"ray", "msgspec"}),
+    "tracing": (set(), {"opentelemetry"}),
     "machine": ({"core"}, set()),
     "sizing": ({"core", "config", "planner"}, set()),
     "llm": (
@@ -58,6 +59,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "engine",
             "cluster",
             "metrics",
+            "tracing",
         },
         {"ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec"},
     ),

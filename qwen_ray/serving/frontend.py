@@ -26,6 +26,7 @@ from qwen_ray.serving.limits import OpenRequests
 from qwen_ray.serving.messages import CODEC
 from qwen_ray.serving.routes import Service
 from qwen_ray.text.tokenizer import Tokenizer
+from qwen_ray.tracing import Tracer
 
 CONNECT_SECONDS = 3.0
 
@@ -87,6 +88,7 @@ class Frontend:
             open_requests=OpenRequests(settings.http.max_open_requests),
             max_body_bytes=settings.http.max_body_bytes,
             audit=_audit_log(settings.observability),
+            tracer=_tracer(settings.observability, name),
         )
 
     @classmethod
@@ -112,6 +114,8 @@ class Frontend:
     async def close(self) -> None:
         await self.dispatcher.close()
         await self._grammars.close()
+        if self.service.tracer is not None:
+            await asyncio.to_thread(self.service.tracer.close)
 
 
 async def open_channel(entry: Entry) -> Channel[Any]:
@@ -123,3 +127,8 @@ def _audit_log(settings: ObservabilitySettings) -> AuditLog | None:
     if settings.audit_log is None:
         return None
     return AuditLog(settings.audit_log, settings.audit_max_bytes, keeps_contents=settings.audit_contents)
+
+
+def _tracer(settings: ObservabilitySettings, name: str) -> Tracer | None:
+    endpoint = settings.otlp_endpoint
+    return None if endpoint is None else Tracer(endpoint, settings.trace_sample_rate, name)

@@ -21,6 +21,8 @@ from qwen_ray.serving.errors import Refused, error_response
 from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
 from qwen_ray.serving.request_log import REQUEST_ID_HEADER, log_request, sane_request_id
+from qwen_ray.serving.request_trace import trace_context, trace_request
+from qwen_ray.tracing import Tracer
 
 DISCARD_BYTES = 64 * 2**20
 DISCARD_SECONDS = 5.0
@@ -37,16 +39,24 @@ NOT_AUDITED = OPEN_PATHS | {"/metrics", "/metrics/targets"}
 
 
 class Watch:
-    """Outermost: makes the Call, tells `on_response(route, status)` of every response that has started, logs, audits.
+    """Outermost: makes the Call, tells `on_response(route, status)` of every response that has started, logs,
+    traces (where there is a `tracer`) and audits.
 
     `behind_serve`: what stands before answers with the client's X-Request-Id itself, and makes one up where there is
     none.
     """
 
     def __init__(
-        self, app: ASGIApp, on_response: Callable[[str, int], None], audit: AuditLog | None, *, behind_serve: bool
+        self,
+        app: ASGIApp,
+        on_response: Callable[[str, int], None],
+        audit: AuditLog | None,
+        *,
+        tracer: Tracer | None,
+        behind_serve: bool,
     ) -> None:
         self._app = app
+        self._tracer = tracer
         self._behind_serve = behind_serve
         self._on_response = on_response
         self._audit = audit
@@ -83,10 +93,14 @@ class Watch:
             await self._app(scope, receive, watch)
         finally:
             if scope["path"] not in NOT_AUDITED:
-                self._end(call, getattr(scope.get("route"), "path", "other"), status)
+                self._end(call, scope, status)
 
-    def _end(self, call: Call, route: str, status: int | None) -> None:
-        log_request(call, route, status, time.time())
+    def _end(self, call: Call, scope: Scope, status: int | None) -> None:
+        route, ended = getattr(scope.get("route"), "path", "other"), time.time()
+        trace_id = ""
+        if self._tracer is not None:
+            trace_id = trace_request(self._tracer, call, route, status, ended, trace_context(scope["headers"]))
+        log_request(call, route, status, ended, trace_id)
         if self._audit is not None:
             self._audit.write(call.record(status))
 

@@ -26,6 +26,7 @@ from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
 from qwen_ray.serving.middleware import MAX_SHOWN, BodyLimit, Gate, Watch
 from qwen_ray.serving.pooling import Pooler
+from qwen_ray.tracing import Tracer
 
 VERSION = version("qwen-ray")
 
@@ -49,6 +50,7 @@ class Service:
     open_requests: OpenRequests
     max_body_bytes: int
     audit: AuditLog | None = None
+    tracer: Tracer | None = None
 
     def check_model(self, name: str | None, call: Call) -> None:
         """Raises UnknownModel; a request without a name means the one that is served."""
@@ -109,7 +111,13 @@ def create_app(service: Service, *, behind_serve: bool = False) -> FastAPI:
     app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     app.add_middleware(Gate, keys=service.keys, open_requests=service.open_requests)
-    app.add_middleware(Watch, on_response=service.recorder.http_request, audit=service.audit, behind_serve=behind_serve)
+    app.add_middleware(
+        Watch,
+        on_response=service.recorder.http_request,
+        audit=service.audit,
+        tracer=service.tracer,
+        behind_serve=behind_serve,
+    )
     errors.install(app)
     return app
 

@@ -36,6 +36,7 @@ from qwen_ray.serving.messages import CODEC, Answer, Ask, ReplicaState, ReplicaS
 from qwen_ray.serving.routes import Service, create_app
 from qwen_ray.serving.sessions import Sessions
 from qwen_ray.text.tokenizer import Tokenizer as OurTokenizer
+from qwen_ray.tracing import Tracer
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -220,6 +221,7 @@ class Server:
         text: str = TEXT,
         http: HttpSettings = HTTP,
         audit: AuditLog | None = None,
+        tracer: Tracer | None = None,
         about: dict[str, Any] | None = None,
         executor: Executor | None = None,
     ) -> None:
@@ -230,6 +232,7 @@ class Server:
         self.text = text  # what its replicas say
         self.http = http
         self.audit = audit
+        self.tracer = tracer
         self.replicas: list[FakeReplica] = []
         self.grammars = GrammarChecker(Path("nowhere"), "dummy", VOCAB_SIZE)  # single bytes, as its model's
         self.other_ingresses: list[Entry] = []
@@ -265,6 +268,7 @@ class Server:
             open_requests=OpenRequests(self.http.max_open_requests),
             max_body_bytes=self.http.max_body_bytes,
             audit=self.audit,
+            tracer=self.tracer,
         )
         config = uvicorn.Config(create_app(self.service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         self._http = uvicorn.Server(config)
