@@ -18,7 +18,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 UNIT_TIER := -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py tests/unit
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test test-clients lint check chaos render dashboards bench bench-moe bench-peers clean help
+.PHONY: install dev serve test test-clients test-deploy lint check chaos render dashboards bench bench-moe bench-peers
+.PHONY: clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
@@ -26,6 +27,7 @@ help:
 	@echo "make check                              ruff, pyright, architecture, unit tests"
 	@echo "make test                               the whole test suite"
 	@echo "make test-clients                       other people's clients, each in an environment of its own, at a real server"
+	@echo "make test-deploy                        the chart with helm, from installation to its end (needs PostgreSQL)"
 	@echo "make render                             chart's schema, manifests and copies, from what they are made of"
 	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
 	@echo "make dashboards                         Grafana's JSON from observability/panels, and a picture of each"
@@ -70,11 +72,14 @@ check: lint
 
 test: dev
 	$(PYTEST) $(UNIT_TIER)
-	$(PYTEST) $(NO_GPU_TIER) -m "not chaos" --ignore=tests/unit --ignore=tests/clients tests
+	$(PYTEST) $(NO_GPU_TIER) -m "not chaos and not deploy" --ignore=tests/unit --ignore=tests/clients tests
 	$(PYTEST) -m chaos tests/chaos -k again_and_again
 
 test-clients: dev
 	$(PYTEST) tests/clients $(ARGS)
+
+test-deploy: dev
+	$(PYTEST) tests/deploy $(ARGS)
 
 chaos: dev
 	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s -m chaos tests/chaos tests/cluster $(ARGS)

@@ -254,6 +254,15 @@ def test_nothing_is_fetched_when_not_asked_to(helm: str) -> None:
         assert "initContainers" not in pod["spec"]
 
 
+def test_another_model_wants_other_pods_and_nothing_else_does(helm: str) -> None:
+    def pods(**model: Any) -> dict[str, Any]:
+        return pod_templates(render(helm, {"models": [{"name": "m", "source": "a/b", **model}]}))
+
+    assert pods() == pods(max_model_len="8k", replicas={"min": 1, "max": 1})
+    assert pods() != pods(source="a/c")
+    assert pods() != pods(revision="main")
+
+
 def test_switched_off_is_not_there(helm: str) -> None:
     off = {"enabled": False}
     objects = render(helm, {"podDisruptionBudget": off, "networkPolicy": off, "tests": off})

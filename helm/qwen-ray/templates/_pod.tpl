@@ -10,10 +10,12 @@ metadata:
     {{- with $group.labels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with $group.annotations }}
   annotations:
+    # Pods fetch when they start: another model wants other pods.
+    qwen-ray/weights: {{ range $values.models }}{{ printf "%s %s" (.source | default "demo") (.revision | default "") | sha256sum | trunc 16 }}{{ end }}
+    {{- with $group.annotations }}
     {{- toYaml . | nindent 4 }}
-  {{- end }}
+    {{- end }}
 spec:
   {{- with $values.serviceAccountName }}
   serviceAccountName: {{ . }}
