@@ -213,7 +213,12 @@ def test_it_can_be_drawn(name: str, live: Live, tmp_path: Path) -> None:
     picture = Path(PICTURES or tmp_path).absolute() / f"{name}.png"
     command = [tool("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
-    shot = [f"--screenshot={picture}", f"--window-size=1500,{height}", (tmp_path / "page.html").as_uri()]
+    shot = [
+        f"--screenshot={picture}",
+        "--force-device-scale-factor=0.7",
+        f"--window-size=1500,{height}",
+        (tmp_path / "page.html").as_uri(),
+    ]
     dom = subprocess.run([*command, "--dump-dom", shot[-1]], capture_output=True, text=True, timeout=300).stdout
     assert "<title>drawn</title>" in dom
     assert "no data" not in dom.split("<script>")[0] + dom.split("</script>")[-1]
