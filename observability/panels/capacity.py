@@ -50,8 +50,8 @@ NOW = (
         queries={"{{model_name}}": recorded("price_per_million_generated_tokens")},
     ),
     Panel(
-        title="Price of a million tokens, prompts included",
-        text=f"At the rate of the last five minutes. {UNPRICED}",
+        title="Price of a million tokens in all",
+        text=f"Of prompts and answers together, at the rate of the last five minutes. {UNPRICED}",
         unit="none",
         kind="stat",
         width=5,

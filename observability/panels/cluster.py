@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from observability.panels.grafana import Dashboard, Panel
 from observability.panels.queries import grown, mean, most, per_second, total
-from observability.panels.service import VARIABLES
+from observability.panels.service import STATES, VARIABLES
 
 RANK = "replica, rank"
 PLACED = "replica, rank, stage, dp_rank, tp_rank, ep_rank"
@@ -16,6 +16,7 @@ REPLICAS = (
         text="As the ingresses see them.",
         unit="short",
         stacked=True,
+        colours=STATES,
         queries={"{{state}}": most("qwen_ray_replicas", "state")},
     ),
     Panel(

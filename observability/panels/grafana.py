@@ -27,6 +27,7 @@ class Panel:
     maximum: float | None = None
     decimals: int | None = None
     steps: tuple[tuple[float | None, str], ...] = ()
+    colours: dict[str, str] = field(default_factory=dict)  # by legend, where a colour has a meaning
 
     def to_json(self, number: int, x: int, y: int) -> dict[str, Any]:
         steps = [{"value": value, "color": colour} for value, colour in self.steps or ((None, "green"),)]
@@ -69,10 +70,15 @@ class Panel:
             "description": self.text,
             "datasource": SOURCE,
             "gridPos": {"x": x, "y": y, "w": self.width, "h": self.height},
-            "fieldConfig": {"defaults": defaults, "overrides": []},
+            "fieldConfig": {"defaults": defaults, "overrides": [_coloured(*pair) for pair in self.colours.items()]},
             "options": _OPTIONS[self.kind],
             "targets": targets,
         }
+
+
+def _coloured(legend: str, colour: str) -> dict[str, Any]:
+    value = {"mode": "fixed", "fixedColor": colour}
+    return {"matcher": {"id": "byName", "options": legend}, "properties": [{"id": "color", "value": value}]}
 
 
 _REDUCED = {"calcs": ["lastNotNull"], "fields": "", "values": False}

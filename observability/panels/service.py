@@ -13,6 +13,10 @@ VARIABLES = {
 ROUTES = 'route!~"/health.*|/metrics.*|/status|/version|/expert_load|/openapi.json"'
 
 
+STATES = {"ready": "green", "repairing": "orange", "loading": "blue", "draining": "purple", "failed": "red"}
+ENDS = {"stop": "green", "length": "blue", "abort": "orange", "error": "red"}
+
+
 def percentiles(name: str, legend: str = "{{model_name}}") -> dict[str, str]:
     return {f"p{round(100 * q)} {legend}": quantile(q, name) for q in (0.5, 0.95, 0.99)}
 
@@ -61,7 +65,7 @@ OBJECTIVE = (
         queries={"{{model_name}}": total("qwen_ray_open_sequences")},
     ),
     Panel(
-        title="Generated tokens",
+        title="Generated tokens a second",
         text="Tokens a second that reach clients.",
         unit="short",
         kind="stat",
@@ -156,6 +160,7 @@ TRAFFIC = (
         text="stop and length are good ends; abort: the client went away; error: something broke.",
         unit="cps",
         stacked=True,
+        colours=ENDS,
         queries={"{{finished_reason}}": per_second("vllm:request_success_total", "finished_reason")},
     ),
     Panel(
@@ -171,6 +176,7 @@ REQUESTS = (
         text="repairing: single ranks are replaced, requests wait for seconds. loading: not yet, or no longer, ready.",
         unit="short",
         stacked=True,
+        colours=STATES,
         queries={"{{state}}": most("qwen_ray_replicas", "state")},
     ),
     Panel(

@@ -26,6 +26,6 @@ def tool(name: str) -> str:
 
 def checked(name: str, *arguments: str | Path) -> str:
     """What it prints; fails with it when it fails."""
-    done = subprocess.run([tool(name), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([tool(name), *map(str, arguments)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
