@@ -164,6 +164,23 @@ class TokenizerInfo(BaseModel):
     chat_template: str | None
 
 
+class ReplicaStartup(BaseModel):
+    """`stage` is what it does now, in words; `error` says why it failed."""
+
+    replica: str
+    state: str
+    stage: str
+    bytes_done: int
+    bytes_total: int
+    load_seconds: float
+    error: str | None
+
+
+class Startup(BaseModel):
+    status: Literal["ready", "loading"]
+    replicas: list[ReplicaStartup]
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str

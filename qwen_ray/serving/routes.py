@@ -24,7 +24,7 @@ from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.generation import Generator
 from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
-from qwen_ray.serving.middleware import MAX_SHOWN, BodyLimit, Gate, Watch
+from qwen_ray.serving.middleware import MAX_SHOWN, OPEN_PATHS, BodyLimit, Gate, Watch
 from qwen_ray.serving.pooling import Pooler
 from qwen_ray.tracing import Tracer
 
@@ -76,7 +76,8 @@ class Service:
         )
 
 
-_ERROR: dict[str, Any] = {"model": answer_schema.ErrorAnswer}
+_RETRY = {"Retry-After": {"description": "Seconds; with 429 and 503.", "schema": {"type": "integer"}}}
+_ERROR: dict[str, Any] = {"model": answer_schema.ErrorAnswer, "headers": _RETRY}
 router = APIRouter(
     responses={
         "4XX": {**_ERROR, "description": "The request is wrong, or too much."},
@@ -86,15 +87,23 @@ router = APIRouter(
 
 
 class Api(FastAPI):
-    """Its document tells of wrong requests as they are answered: with OpenAI's body, and never with 422."""
+    """Its document tells of wrong requests as they are answered: with OpenAI's body, and never with 422.
+
+    Of keys it tells where they are needed.
+    """
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        for operations in document["paths"].values():
+        needs_key = self.state.service.keys.is_needed
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if needs_key and path not in OPEN_PATHS:
+                    operation["security"] = [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
+        if needs_key:
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return document
 
 
@@ -132,6 +141,7 @@ def _service(request: Request) -> Service:
     responses=_answers(answer_schema.ChatCompletion, "chat.completion.chunk"),
 )
 async def chat_completions(body: schema.ChatRequest, request: Request) -> answer_schema.ChatCompletion | Response:
+    """OpenAI's, with vLLM's and Qwen's further fields."""
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
     service.check_task("generate")
@@ -140,6 +150,7 @@ async def chat_completions(body: schema.ChatRequest, request: Request) -> answer
 
 @router.post("/v1/completions", response_model=None, responses=_answers(answer_schema.Completion, "text_completion"))
 async def text_completions(body: schema.CompletionRequest, request: Request) -> answer_schema.Completion | Response:
+    """Of texts or token ids; with a suffix, what stands between."""
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
     service.check_task("generate")
@@ -148,6 +159,7 @@ async def text_completions(body: schema.CompletionRequest, request: Request) -> 
 
 @router.post("/v1/embeddings", response_model=None, responses={200: {"model": pooling_schema.EmbeddingList}})
 async def embed(body: pooling_schema.EmbeddingRequest, request: Request) -> Response:
+    """A vector for each text."""
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
     service.check_task("embed")
@@ -175,11 +187,13 @@ async def rerank(body: pooling_schema.RerankRequest, request: Request) -> poolin
 
 @router.get("/v1/models")
 async def models(request: Request) -> answer_schema.ModelList:
+    """The one that is served."""
     return answer_schema.ModelList(data=[_service(request).card()])
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> answer_schema.ModelCard:
+    """By its name."""
     service = _service(request)
     service.check_model(name, Call.of(request.scope))
     return service.card()
@@ -187,6 +201,7 @@ async def model(name: str, request: Request) -> answer_schema.ModelCard:
 
 @router.post("/tokenize")
 async def tokenize(body: schema.TokenizeRequest, request: Request) -> answer_schema.TokenizeAnswer:
+    """Token ids of a text, or of a chat as its template writes it."""
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
     generator = service.generator
@@ -202,6 +217,7 @@ async def tokenize(body: schema.TokenizeRequest, request: Request) -> answer_sch
 
 @router.post("/detokenize")
 async def detokenize(body: schema.DetokenizeRequest, request: Request) -> answer_schema.DetokenizeAnswer:
+    """The text of token ids."""
     service = _service(request)
     service.check_model(body.model, Call.of(request.scope))
     service.generator.check_ids("tokens", body.tokens)
@@ -239,7 +255,11 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/health/startup", responses={503: {"description": "No replica is ready yet; the body is the same."}})
+@router.get(
+    "/health/startup",
+    response_model=answer_schema.Startup,
+    responses={503: {"model": answer_schema.Startup, "description": "No replica is ready yet."}},
+)
 async def startup(request: Request) -> JSONResponse:
     """How far loading is; 200 as soon as one replica is ready."""
     statuses = _service(request).dispatcher.statuses
@@ -278,6 +298,7 @@ async def metrics_targets(request: Request) -> list[answer_schema.TargetGroup]:
 
 @router.get("/version")
 async def show_version() -> dict[str, str]:
+    """This server's."""
     return {"version": VERSION}
 
 

@@ -27,6 +27,7 @@ PYTHON: dict[str, tuple[str, ...]] = {
 }
 NODE: dict[str, tuple[str, ...]] = {
     "openai-node": ("openai@7.57.0",),
+    "ai-sdk": ("ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7"),
 }
 
 

@@ -33,8 +33,9 @@ def test_python(url: str, client: str, program: str) -> None:
     run(python(client), str(PROGRAMS / f"{program}.py"), url, MODEL)
 
 
-def test_node(url: str) -> None:
-    run("node", str(PROGRAMS / "openai_node.mjs"), url, MODEL, str(environment("openai-node")))
+@pytest.mark.parametrize(("client", "program"), [("openai-node", "openai_node"), ("ai-sdk", "ai_sdk")])
+def test_node(url: str, client: str, program: str) -> None:
+    run("node", str(PROGRAMS / f"{program}.mjs"), url, MODEL, str(environment(client)))
 
 
 def test_llm_comply(url: str) -> None:

@@ -67,7 +67,7 @@ HOSTILE: dict[str, tuple[Any, str, str]] = {
     "a wide memory": ("regex", "(.{0,300}a.{0,300}b.{0,300}){0,50}", "cannot be followed"),
     "intersections": ("grammar", f"start: T\nT: {INTERSECTION}", "too much work"),
     "repetition of rules": ("grammar", 'start: (a~1..100000)~1..100000\na: "x"', "cannot be followed"),
-    "left without an end": ("grammar", 'start: start "a"', "nothing may follow"),
+    "left without an end": ("grammar", 'start: start "a"', "without an end"),
     "nothing": ("regex", r"[^\s\S]", "nothing may follow"),
     "never": ("json_schema", '{"type": "integer", "minimum": 3, "maximum": 2}', "cannot be used"),
     "no regex": ("regex", "(", "unclosed group"),

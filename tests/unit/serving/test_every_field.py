@@ -147,7 +147,7 @@ def named(server: Any) -> set[tuple[str, str]]:
 
 def test_every_field_is_in_the_table(server: Any) -> None:
     models = {CHAT: "ChatRequest", COMPLETIONS: "CompletionRequest"}
-    covered = {(models[path], case.field) for case in CASES for path in case.paths}
+    covered = {(models[path], case.name) for case in CASES for path in case.paths}
     for names, keys, _ in ELSEWHERE:
         entries = {(name, key) for name in names for key in keys.split()}
         assert not covered & entries

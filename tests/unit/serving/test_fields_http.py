@@ -233,6 +233,9 @@ def test_the_document(server: Any) -> None:
         for operation in operations.values():
             error = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
             assert error == {"$ref": "#/components/schemas/ErrorAnswer"}, path
+            assert operation["description"], path
+            for content in operation["responses"]["200"]["content"].values():
+                assert content["schema"].get("$ref") or content["schema"]["type"], path
     models = document["components"]["schemas"]
     fields = models["ChatRequest"]["properties"]
     assert {"tools", "tool_choice", "parallel_tool_calls", "continue_final_message", "return_token_ids"} <= set(fields)

@@ -54,6 +54,8 @@ async def test_every_route_of_the_document_but_health_wants_a_key(start_server: 
                 {"Authorization": "Basic right"},
             ):
                 response = await server.client.request(method, url, headers=headers)
+                operation = document["paths"].get(path, {}).get(method, {})
+                assert ("security" in operation) == (bool(operation) and path not in HEALTH)
                 if path in HEALTH:
                     assert response.status_code != 401, (method, path)
                     continue

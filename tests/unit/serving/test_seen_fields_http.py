@@ -60,9 +60,12 @@ class Told:
 
 @dataclass(frozen=True)
 class Case:
-    """`without` goes with both requests; `check` gets the answers without the field, with it, and the greedy one."""
+    """A field, by its `name`: `check` gets the answers without it, with it, and the greedy one.
 
-    field: str
+    `without` is what both of the first two requests have.
+    """
+
+    name: str
     value: Any
     check: Callable[[Told, Told, Told], bool]
     without: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -193,7 +196,7 @@ async def test_a_field_is_seen_in_the_answer_and_in_the_stream(flat: Server, pat
     greedy = await ask(flat, path)
     for case in CASES:
         if path in case.paths:
-            given = {**case.without, case.field: case.value}
+            given = {**case.without, case.name: case.value}
             plain, told = await ask(flat, path, **case.without), await ask(flat, path, **given)
             assert case.check(plain, told, greedy), (case, plain, told, greedy)
             assert joined(await stream(flat, path, **given), told) == told, case
