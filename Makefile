@@ -70,7 +70,7 @@ test: dev
 	$(PYTEST) -m chaos tests/chaos -k again_and_again
 
 test-clients: dev
-	$(PYTEST) tests/clients $(ARGS)
+	$(PYTEST) -s tests/clients $(ARGS)
 
 chaos: dev
 	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s -m chaos tests/chaos tests/cluster $(ARGS)
