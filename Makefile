@@ -81,7 +81,7 @@ test: dev
 	$(PYTEST) -m chaos tests/chaos -k again_and_again
 
 test-clients: dev
-	$(PYTEST) tests/clients $(ARGS)
+	$(PYTEST) -s tests/clients $(ARGS)
 
 test-deploy: dev
 	$(PYTEST) tests/deploy $(ARGS)
