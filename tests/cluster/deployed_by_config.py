@@ -24,7 +24,7 @@ if __name__ == "__main__":
         logging_level=logging.WARNING,
         object_store_memory=80 * 2**20,
     )
-    sys.stdout.write(f"http://{started['webui_url']}\n")
+    sys.stdout.write(f"http://{started.address_info['webui_url']}\n")
     sys.stdout.flush()
     sys.stdin.read()
     ray.shutdown()

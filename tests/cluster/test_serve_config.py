@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -25,13 +26,15 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 CHART = ROOT / "helm" / "qwen-ray"
 DEPLOY_SECONDS = 480
+END_SECONDS = 60  # in which Ray's processes notice that theirs are gone
+AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
 
 
 @contextmanager
 def ray_with_dashboard(settings: Settings) -> Iterator[str]:
     """Its dashboard's address. Afterwards nothing is left of it."""
     with in_front(settings) as (_, proxy):
-        environment = {**os.environ, **ENVIRONMENT, **proxy, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **ENVIRONMENT, **proxy, **AUTH, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [sys.executable, str(FOLDER / "deployed_by_config.py")],
             stdin=subprocess.PIPE,
@@ -48,15 +51,26 @@ def ray_with_dashboard(settings: Settings) -> Iterator[str]:
             yield address
             started = descendants(process.pid)
             process.communicate(timeout=60)
-            assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
+            deadline = time.monotonic() + END_SECONDS
+            while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+                assert time.monotonic() < deadline, left
+                time.sleep(0.5)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
 
 
+def applications(dashboard: str, config: dict[str, Any] | None = None) -> httpx.Response:
+    """What is deployed; or have `config` deployed."""
+    headers = {"Authorization": f"Bearer {AUTH['RAY_AUTH_TOKEN']}"}
+    method = "GET" if config is None else "PUT"
+    url = f"{dashboard}/api/serve/applications/"
+    return httpx.request(method, url, headers=headers, json=config, timeout=60)
+
+
 def status(dashboard: str) -> dict[str, Any]:
-    return httpx.get(f"{dashboard}/api/serve/applications/", timeout=30).json()["applications"]
+    return applications(dashboard).json()["applications"]
 
 
 def test_the_charts_serve_config_serves_the_demo_model(answers_of_demo: list[Answer]) -> None:
@@ -72,7 +86,7 @@ def test_the_charts_serve_config_serves_the_demo_model(answers_of_demo: list[Ans
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     settings = Settings.from_dict(config["applications"][0]["args"])
     with ray_with_dashboard(settings) as dashboard:
-        answer = httpx.put(f"{dashboard}/api/serve/applications/", json=config, timeout=60)
+        answer = applications(dashboard, config)
         assert answer.status_code == 200, answer.text
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + DEPLOY_SECONDS
