@@ -61,7 +61,8 @@ def test_a_trace_of_a_real_server(tmp_path: Path) -> None:
     assert abs(sum(parts) - whole) < 2 * MILLISECOND
     ends = [child.end_time_unix_nano for child in children.values()]
     assert ends == sorted(ends)
-    assert min(parts[1:4]) > 0
+    assert min(parts) >= 0  # a queue that is empty takes no time
+    assert min(parts[2:4]) > 0
     assert values(root.attributes)["gen_ai.usage.output_tokens"] == 8
     (line,) = lines
     assert (line["route"], line["completion_tokens"], line["trace_id"]) == ("/v1/completions", 8, TRACE)
