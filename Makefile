@@ -31,7 +31,7 @@ help:
 	@echo "make check                              ruff, pyright, architecture, unit tests"
 	@echo "make test                               the whole test suite"
 	@echo "make test-clients                       other people's clients, each in an environment of its own, at a real server"
-	@echo "make test-deploy                        the chart with helm, from installation to its end (needs PostgreSQL)"
+	@echo "make test-deploy                        the chart with helm and on a real Ray, beginning to end (needs PostgreSQL)"
 	@echo "make render                             chart's schema, manifests and copies, from what they are made of"
 	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
 	@echo "make dashboards                         Grafana's JSON from observability/panels, and a picture of each"
@@ -84,7 +84,7 @@ test-clients: dev
 	$(PYTEST) -s tests/clients $(ARGS)
 
 test-deploy: dev
-	$(PYTEST) tests/deploy $(ARGS)
+	$(PYTEST) tests/deploy tests/cluster/test_serve_config.py $(ARGS)
 
 chaos: dev
 	QWEN_RAY_CHAOS_LONG=1 $(PYTEST) -s -m chaos tests/chaos tests/cluster $(ARGS)

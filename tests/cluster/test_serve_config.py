@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import yaml
 from served import Answer, check_answers, is_ready
 
@@ -21,6 +22,8 @@ from qwen_ray.commands.ports import free_ports
 from qwen_ray.commands.process_tree import descendants
 from qwen_ray.config import Settings
 from qwen_ray.serving.environment import ENVIRONMENT
+
+pytestmark = pytest.mark.deploy
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
