@@ -61,7 +61,7 @@ def build(settings: Settings | dict[str, Any]) -> serve.Application:
         # Streams go on until they end: in an update beside the new ingress, which comes first.
         graceful_shutdown_timeout_s=settings.http.drain_timeout + CLOSE_SECONDS,
         max_surge_percent=100,
-        logging_config={"enable_access_log": False},  # a line per request costs more than routing it
+        logging_config={"enable_access_log": False},  # `request_log.py` has a line for each, which says more
     )(Ingress)
     replica = serve.deployment(
         name="Replica",
