@@ -7,16 +7,29 @@ Knows the shape of JSON, and which field is which kind of grammar; not whether a
 from __future__ import annotations
 
 import json
+from collections.abc import Sized
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qwen_ray.core.errors import InvalidRequest
 from qwen_ray.core.request import Grammar, GrammarKind
 
 MAX_CHOICES = 4096
 
-Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+
+def _few_enough(choices: object) -> object:
+    """A grammar that nobody can follow is a wrong value, unlike a text or a list of texts that is too large."""
+    if isinstance(choices, Sized) and len(choices) > MAX_CHOICES and not isinstance(choices, str):
+        raise ValueError(f"at most {MAX_CHOICES} choices are taken, got {len(choices)}")
+    return choices
+
+
+Choices = Annotated[
+    list[str],
+    Field(min_length=1, fail_fast=True, json_schema_extra={"maxItems": MAX_CHOICES}),
+    BeforeValidator(_few_enough),
+]
 Schema = dict[str, Any] | str  # vLLM takes it as text too
 Flag = Annotated[bool, Field(strict=True)]
 

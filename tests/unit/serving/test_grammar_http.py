@@ -225,6 +225,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_regex": 5}, "guided_regex", "valid string"),
     ({"guided_choice": []}, "guided_choice", "at least 1"),
     ({"guided_choice": [""]}, "guided_choice", "empty"),
+    ({"guided_choice": ["x"] * 5000}, "guided_choice", "at most 4096"),
     ({"guided_json": "{"}, "guided_json", "not valid JSON"),
     ({"guided_json": "[" * 60_000}, "guided_json", "brackets"),
     ({"guided_json": {"type": "no"}}, "guided_json", "Invalid type"),
