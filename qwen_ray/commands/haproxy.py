@@ -1,14 +1,17 @@
-"""What stands in HAProxy's place, so that a server of this machine speaks TLS and is steered by nobody else.
+"""What stands in HAProxy's place, so that a server of this machine speaks TLS, is steered by nobody else, and is not
+kept from all by the requests of one.
 
 Ray Serve writes HAProxy's configuration itself. It binds the statistics to all interfaces, puts the socket that HAProxy
 is steered through where every user reaches it, and knows no certificate: those that its HTTP options take are for its
 Python proxy, through which a plain request takes four times as long. But it can be told which program to run, and where
-files go: into a folder that only we can enter. The program is a script that binds the statistics to loopback and, for
-TLS, names a second file with a frontend that hands on to Serve's. Certificate and key stay where they are.
+files go: into a folder that only we can enter. The program is a script that binds the statistics to loopback, refuses
+what one key has open beyond what all ingresses take, and, for TLS, names a second file with a frontend that hands on to
+Serve's. Certificate and key stay where they are.
 """
 
 from __future__ import annotations
 
+import json
 import ssl
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from pathlib import Path
 
 from qwen_ray.commands.ports import free_ports
 from qwen_ray.config import HttpSettings, Settings
-from qwen_ray.core.errors import QwenRayError, SettingsError
+from qwen_ray.core.errors import Overloaded, QwenRayError, SettingsError
 from qwen_ray.machine import haproxy
 
 LOOPBACK = "127.0.0.1"
@@ -37,9 +40,21 @@ backend qwen_ray_plain
     mode http
     server serve {loopback}:{plain_port}
 """
+# What an ingress refuses, others wait for: it is one event loop. HAProxy takes a tenth of the time. Who sends no key is
+# told apart by address.
+OPEN_REQUESTS = """
+    stick-table type binary len 32 size 100k expire 10m store conn_cur
+    http-request track-sc0 req.fhdr(authorization),sha2(256) if METH_POST {{ req.fhdr(authorization) -m found }}
+    http-request track-sc0 src,sha2(256) if METH_POST !{{ req.fhdr(authorization) -m found }}
+    http-request return status 429 content-type application/json hdr Retry-After {seconds} string '{body}' \
+if {{ sc0_conn_cur gt {limit} }}
+"""
+RETRY_SECONDS = 10  # of HAProxy, which knows nothing of how long a request takes
+
 # Serve calls it as `haproxy -db -f FILE ...`.
 SCRIPT = """#!/bin/sh
-sed -i -E 's/^( *bind )[*]?:({statistics}|{metrics})$/\\1{loopback}:\\2/' "$3"
+grep -q sc0_conn_cur "$3" || sed -i -E -e 's/^( *bind )[*]?:({statistics}|{metrics})$/\\1{loopback}:\\2/' \
+    -e '/^frontend http_frontend$/r {open_requests}' "$3"
 exec "{haproxy}" "$@"{more}
 """
 
@@ -60,9 +75,18 @@ def in_front(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
     ):
         more = "" if plain is http else f' -f "{_write_tls(Path(folder), http, plain)}"'
         script = Path(folder) / "haproxy"
+        limit = http.max_open_requests * http.num_ingress
+        message = f"{limit} requests of this key are open; come back in {RETRY_SECONDS} s."
+        open_requests = Path(folder) / "open-requests.cfg"
+        open_requests.write_text(OPEN_REQUESTS.format(limit=limit, seconds=RETRY_SECONDS, body=_overloaded(message)))
         script.write_text(
             SCRIPT.format(
-                statistics=ports[STATISTICS], metrics=ports[METRICS], loopback=LOOPBACK, haproxy=_haproxy(), more=more
+                statistics=ports[STATISTICS],
+                metrics=ports[METRICS],
+                loopback=LOOPBACK,
+                open_requests=open_requests,
+                haproxy=_haproxy(),
+                more=more,
             )
         )
         script.chmod(0o700)
@@ -93,6 +117,12 @@ def _places(folder: Path) -> dict[str, str]:
         "METRICS_SOCKET_PATH": "metrics.sock",
     }
     return {f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in names.items()}
+
+
+def _overloaded(message: str) -> str:
+    """As `serving.errors` spells it, which would bring a second of imports along."""
+    error = Overloaded(message, retry_after=RETRY_SECONDS)
+    return json.dumps({"error": {"message": message, "type": error.kind, "param": None, "code": error.code}})
 
 
 def _write_tls(folder: Path, http: HttpSettings, plain: HttpSettings) -> Path:

@@ -18,6 +18,7 @@ from bisect import insort
 from collections import deque
 
 from qwen_ray.core.errors import Overloaded
+from qwen_ray.core.room import Room
 from qwen_ray.engine.sequence import Sequence
 from qwen_ray.engine.sequence_heap import SequenceHeap
 
@@ -117,27 +118,17 @@ class Queue:
         self.num_tokens = 0  # of those that wait
         self.num_refused = 0
         self.pace = Pace()
-        self._limit = limit
         self._num_waiting = 0
         self._by_priority: dict[int, _Priority] = {}
         self._priorities: list[int] = []  # in order
-        self._num_new = 0  # of those that wait, those that have not begun
-        self._num_new_of: dict[str, int] = {}  # the same by tenant, above 0
+        self._new = Room(limit)  # of those that wait, those that have not begun
 
     def __len__(self) -> int:
         return self._num_waiting
 
     def check_room(self, tenant: str) -> None:
-        """Raises Overloaded if no more of this tenant's may wait.
-
-        Up to the limit there is room for all. Beyond, there still is for those with less than an even share of the
-        limit, so that nobody fills the queue for the others; at twice the limit there is none.
-        """
-        if self._num_new < self._limit:
-            return
-        own = self._num_new_of.get(tenant, 0)
-        num_tenants = len(self._num_new_of) + (own == 0)
-        if own * num_tenants >= self._limit or self._num_new >= 2 * self._limit:
+        """Raises Overloaded if no more of this tenant's may wait."""
+        if not self._new.has_place(tenant):
             self.num_refused += 1
             seconds = min(MAX_RETRY_AFTER, max(1.0, self.pace.seconds_each * (len(self) + 1)))
             raise Overloaded(f"{len(self)} requests are waiting, which is the limit.", retry_after=seconds)
@@ -165,7 +156,7 @@ class Queue:
             peers.begun.push(seq.turn, seq)
         else:
             peers.push(seq)
-            self._count_new(seq.request.tenant, 1)
+            self._new.enter(seq.request.tenant)
         self._num_waiting += 1
         self.num_tokens += seq.num_tokens
 
@@ -182,7 +173,7 @@ class Queue:
             peers.begun.discard(seq)
         else:
             peers.remove(seq)
-            self._count_new(seq.request.tenant, -1)
+            self._new.leave(seq.request.tenant)
         self._num_waiting -= 1
         self.num_tokens -= seq.num_tokens
 
@@ -190,9 +181,3 @@ class Queue:
         """Its tenant has been served."""
         request = seq.request
         self._by_priority[request.priority].tenants[request.tenant].counter += cost / request.weight
-
-    def _count_new(self, tenant: str, change: int) -> None:
-        self._num_new += change
-        count = self._num_new_of.pop(tenant, 0) + change
-        if count:
-            self._num_new_of[tenant] = count

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from qwen_ray.api_keys import ApiKey
 from qwen_ray.core.errors import Overloaded, RateLimited
+from qwen_ray.core.room import Room
 
 Clock = Callable[[], float]
 
@@ -95,22 +96,25 @@ class Meter:
 
 
 class OpenRequests:
-    """At most `limit` at once."""
+    """`limit` at once, of which no tenant can take all."""
 
     def __init__(self, limit: int, clock: Clock = time.monotonic) -> None:
-        self.count = 0
-        self._limit = limit
+        self._room = Room(limit)
         self._clock = clock
         self._mean_seconds = MIN_WAIT
 
-    def enter(self) -> float:
+    @property
+    def count(self) -> int:
+        return self._room.count
+
+    def enter(self, tenant: str) -> float:
         """To be handed to `leave`. Raises Overloaded: after the mean time of a request, those open now have gone."""
-        if self.count >= self._limit:
+        if not self._room.has_place(tenant):
             wait = min(MAX_WAIT, max(MIN_WAIT, self._mean_seconds))
-            raise Overloaded(f"{self._limit} requests are open here; come back in {wait:.0f} s.", retry_after=wait)
-        self.count += 1
+            raise Overloaded(f"{self.count} requests are open here; come back in {wait:.0f} s.", retry_after=wait)
+        self._room.enter(tenant)
         return self._clock()
 
-    def leave(self, entered: float) -> None:
-        self.count -= 1
+    def leave(self, tenant: str, entered: float) -> None:
+        self._room.leave(tenant)
         self._mean_seconds += REMEMBERED * (self._clock() - entered - self._mean_seconds)

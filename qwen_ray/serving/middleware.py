@@ -1,4 +1,4 @@
-"""Around every HTTP request: its record, who may come in, how many at once, and the limits on headers and body.
+"""Around every HTTP request: its record, who may come in, how many at once, the limits on headers and body, its turn.
 
 Plain ASGI, so that streams pass through untouched.
 """
@@ -22,6 +22,7 @@ from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
 from qwen_ray.serving.request_log import REQUEST_ID_HEADER, log_request, sane_request_id
 from qwen_ray.serving.request_trace import trace_context, trace_request
+from qwen_ray.serving.turns import Turns
 from qwen_ray.tracing import Tracer
 
 DISCARD_BYTES = 64 * 2**20
@@ -130,7 +131,7 @@ class Gate:
             else:
                 if call.caller.meter is not None:
                     call.caller.meter.request()
-                entered = self._open.enter()
+                entered = self._open.enter(call.caller.id)
         except RequestError as error:
             call.outcome = error.code or error.kind
             await _refuse(error, scope, receive, send)
@@ -139,7 +140,7 @@ class Gate:
             await self._app(scope, receive, send)
         finally:
             if entered is not None:
-                self._open.leave(entered)
+                self._open.leave(call.caller.id, entered)
 
 
 class BodyLimit:
@@ -193,6 +194,27 @@ class BodyLimit:
             await self._app(scope, count, send)
         finally:
             self._num_held -= num_bytes
+
+
+class InTurn:
+    """The work on a request begins once its body is here. When there are many, their tenants take turns."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._turns = Turns()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def in_turn() -> Message:
+            event = await receive()
+            if event["type"] == "http.request" and not event.get("more_body"):
+                await self._turns.next(Call.of(scope).caller.id)
+            return event
+
+        await self._app(scope, in_turn, send)
 
 
 def _check_headers(headers: list[tuple[bytes, bytes]]) -> None:

@@ -24,7 +24,7 @@ from qwen_ray.serving.fleet import Fleet
 from qwen_ray.serving.generation import Generator
 from qwen_ray.serving.keys import KeyRing
 from qwen_ray.serving.limits import OpenRequests
-from qwen_ray.serving.middleware import MAX_SHOWN, OPEN_PATHS, BodyLimit, Gate, Watch
+from qwen_ray.serving.middleware import MAX_SHOWN, OPEN_PATHS, BodyLimit, Gate, InTurn, Watch
 from qwen_ray.serving.pooling import Pooler
 from qwen_ray.tracing import Tracer
 
@@ -118,6 +118,7 @@ def create_app(service: Service, *, behind_serve: bool = False) -> FastAPI:
     app = Api(title="qwen-ray", version=VERSION, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    app.add_middleware(InTurn)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     app.add_middleware(Gate, keys=service.keys, open_requests=service.open_requests)
     app.add_middleware(

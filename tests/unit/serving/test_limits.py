@@ -79,17 +79,34 @@ def test_ingresses_share_a_limit() -> None:
 def test_open_requests() -> None:
     clock = Clock()
     requests = OpenRequests(2, clock)
-    first, second = requests.enter(), requests.enter()
+    entered = [requests.enter("one"), requests.enter("one")]
     for _ in range(3):
         with pytest.raises(Overloaded) as refused:
-            requests.enter()
+            requests.enter("one")
         assert refused.value.retry_after == 1.0
     clock.now += 200.0
-    requests.leave(first)
-    requests.leave(second)
+    for moment in entered:
+        requests.leave("one", moment)
     assert requests.count == 0
-    requests.enter()
-    requests.enter()
+    requests.enter("one")
+    requests.enter("one")
     with pytest.raises(Overloaded) as refused:
-        requests.enter()
+        requests.enter("one")
     assert 15 < refused.value.retry_after < 25
+
+
+def test_one_tenant_does_not_take_all_places_of_open_requests() -> None:
+    requests = OpenRequests(4, Clock())
+    for _ in range(4):
+        requests.enter("heavy")
+    with pytest.raises(Overloaded):
+        requests.enter("heavy")
+    entered = [requests.enter("light"), requests.enter("light")]  # the even share
+    with pytest.raises(Overloaded):
+        requests.enter("light")
+    requests.leave("light", entered[0])
+    for name in "abcdef":
+        if requests.count < 8:
+            requests.enter(name)
+    with pytest.raises(Overloaded):
+        requests.enter("last")
