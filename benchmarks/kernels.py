@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     args = parser.parse_args()
-    this_machine.take_thread_environment()
+    this_machine.take_cpu_environment()
     torch.set_num_threads(args.threads)
     console = Console()
     matrix = this_machine.make_matrix()

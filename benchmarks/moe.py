@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "moe.json")
     args = parser.parse_args()
-    this_machine.take_thread_environment()
+    this_machine.take_cpu_environment()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(make_spec(Path(directory)))

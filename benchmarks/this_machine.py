@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen_ray.core.plan import THREAD_ENVIRONMENT
+from qwen_ray.core.plan import CPU_ENVIRONMENT
 from qwen_ray.machine import memory_bytes, num_cores
 
 READ_SHAPE = (98_304, 4096)  # float32, 1.6 GB: far more than a last-level cache holds
@@ -76,7 +76,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def take_thread_environment() -> None:
+def take_cpu_environment() -> None:
     """What a rank is told; begins anew where it is missing: OpenMP reads its variables once, when torch is imported."""
-    if missing := {name: value for name, value in THREAD_ENVIRONMENT.items() if name not in os.environ}:
+    if missing := {name: value for name, value in CPU_ENVIRONMENT.items() if name not in os.environ}:
         os.execve(sys.executable, sys.orig_argv, os.environ | missing)

@@ -28,5 +28,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qwen_ray' has no attribute {name!r}")
     if name == "LLM":
-        import_module("qwen_ray.config").bound_spinning()
+        import_module("qwen_ray.config").take_cpu_environment()
     return getattr(import_module(_HOMES[name]), name)

@@ -23,7 +23,7 @@ from qwen_ray.api_keys import ApiKey, check_distinct
 from qwen_ray.core.errors import SettingsError
 from qwen_ray.core.logs import LogConfig, LogFormat
 from qwen_ray.core.model_config import Quantization
-from qwen_ray.core.plan import THREAD_ENVIRONMENT
+from qwen_ray.core.plan import CPU_ENVIRONMENT
 
 ENV_PREFIX = "QWEN_RAY_"
 API_KEY_VARIABLE = ENV_PREFIX + "API_KEY"
@@ -333,13 +333,13 @@ def load_settings(
     return Settings.from_dict(data, origin=str(file) if file else "settings")
 
 
-def bound_spinning() -> None:
-    """For a model in this process, before torch is imported: OpenMP reads its variables once, when it is loaded.
+def take_cpu_environment() -> None:
+    """For a model in this process, before torch is imported: it and OpenMP read their variables once.
 
     What ranks are told (`core/plan.py`, with figures). What the user has set stays.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        for variable, value in THREAD_ENVIRONMENT.items():
+    for variable, value in CPU_ENVIRONMENT.items():
+        if variable != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault(variable, value)
 
 

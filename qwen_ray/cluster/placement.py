@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen_ray.core.errors import PlanRefused
-from qwen_ray.core.plan import THREAD_ENVIRONMENT, ReplicaSpec
+from qwen_ray.core.plan import CPU_ENVIRONMENT, ReplicaSpec
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def actor_options(
 def environment(spec: ReplicaSpec) -> dict[str, str]:
     """Variables of a rank's process: they must be there before torch is."""
     threads = {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads)}
-    return threads if spec.device == "cuda" else threads | THREAD_ENVIRONMENT
+    return threads if spec.device == "cuda" else threads | CPU_ENVIRONMENT
 
 
 def _shortage(bundle: Mapping[str, float], count: int) -> str:

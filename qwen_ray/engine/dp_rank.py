@@ -15,6 +15,7 @@ from operator import attrgetter
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.step import MAX_PROMPT_LOGITS, Chunk
 from qwen_ray.engine.block_pool import BlockPool
+from qwen_ray.engine.company import Company
 from qwen_ray.engine.sequence import Sequence
 
 by_turn = attrgetter("turn")
@@ -59,8 +60,9 @@ class DpRank:
         self.running: list[Sequence] = []  # by turn; those that the ranks know and that hold blocks
         self._config = config
         self._budget = Budget(num_tokens=0)
+        self._num_steps = 0
 
-    def ready(self, *, is_alone: bool) -> Iterator[tuple[Sequence, int]]:
+    def ready(self, company: Company, *, is_alone: bool) -> Iterator[tuple[Sequence, int]]:
         """Begins a step: who runs and has something to compute, and how many tokens of it now fit.
 
         Of those who are not set aside, or of the one who is: no two of them are on the ranks at once.
@@ -70,12 +72,13 @@ class DpRank:
         With several steps in flight each takes its share of the decodes, or the first would take them all and leave
         the pipeline nothing.
         """
-        self._budget = Budget(num_tokens=self._config.max_num_batched_tokens)
+        self._num_steps += 1
+        self._budget = Budget(num_tokens=company.num_tokens)
         share = -(-len(self.running) // self._config.depth)
         members = [seq for seq in self.running if seq.is_set_aside is is_alone]
         decodes = [seq for seq in members if seq.num_uncomputed == 1]
         prefills = [seq for seq in members if seq.num_uncomputed > 1]
-        for seq in decodes[:share] + prefills:
+        for seq in company.decodes(decodes, share) + company.prefills(prefills):
             if seq.is_on_ranks and (count := self._budget.of(seq)):  # not preempted by one before it
                 yield seq, count
 
@@ -84,17 +87,27 @@ class DpRank:
         return self._num_blocks_of(seq.num_computed + count) - len(seq.block_table)
 
     def room(self, seq: Sequence) -> Room | None:
-        """For all its tokens; None while there is none."""
-        num_running = len(self.running)
-        if num_running >= self._config.max_num_seqs or not self._budget.of(seq):
+        """For all its tokens, in the step being made; None while there is none."""
+        if not self._budget.of(seq):
             return None
-        num_blocks = self._num_blocks_of(seq.num_tokens)
         hits = self._hits(seq)
+        if not self._has_place(seq, hits):
+            return None
+        return Room(
+            dp_rank=self, hits=hits, load=self.num_used_blocks + self._num_blocks_of(seq.num_tokens) - len(hits)
+        )
+
+    def has_place(self, seq: Sequence) -> bool:
+        """In some step."""
+        return self._has_place(seq, self._hits(seq))
+
+    def _has_place(self, seq: Sequence, hits: list[int]) -> bool:
+        num_running = len(self.running)
+        if num_running >= self._config.max_num_seqs:
+            return False
         # One block to spare for each running sequence, or its next token would preempt what was just admitted; and
         # whoever was preempted in this step would come straight back for the blocks it has just given up.
-        if self.pool.cost(hits, num_blocks) + num_running > self.pool.num_free:
-            return None
-        return Room(dp_rank=self, hits=hits, load=self.num_used_blocks + num_blocks - len(hits))
+        return self.pool.cost(hits, self._num_blocks_of(seq.num_tokens)) + num_running <= self.pool.num_free
 
     def admit(self, seq: Sequence, hits: list[int], sequence_id: int) -> int:
         """Let it run here, where `room` has found `hits`; how many of its tokens now fit."""
@@ -122,6 +135,7 @@ class DpRank:
         )
         seq.num_computed = start + count
         seq.num_known = seq.num_tokens
+        seq.last_step = self._num_steps
         num_full = seq.num_computed // self._config.block_size
         if num_full > seq.num_registered and self._config.enable_prefix_caching:
             hashes = seq.hashes(num_full, self._config.block_size)

@@ -6,7 +6,8 @@ had nothing waiting is lifted to the lowest of those who have: nobody saves up b
 work waiting, what they have been served differs by no more than what the ranks hold at once, however long it lasts.
 
 Sequences that have begun (preempted, back after a repair, handed over by another replica) come before all others of
-their priority: somebody is reading them, and their tenants have paid for their turn.
+their priority: somebody is reading them, and their tenants have paid for their turn. Only a light tenant's come before
+those of a heavy one.
 
 Knows who waits; nothing of blocks, ranks or steps. What is done often costs the logarithm of how many wait.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 
 from qwen_ray.core.errors import Overloaded
 from qwen_ray.core.room import Room
@@ -92,11 +94,12 @@ class _Priority:
         self._last = self.tenants[seq.request.tenant]
         self._last.waiting.discard(seq)
 
-    def first(self) -> Sequence | None:
-        if seq := self.begun.first():
-            return seq
-        tenant = self._least_served()
-        return tenant.waiting.first() if tenant else None
+    def first(self, is_light: Callable[[Sequence], bool]) -> Sequence | None:
+        begun, tenant = self.begun.first(), self._least_served()
+        new = tenant.waiting.first() if tenant else None
+        if begun and new and is_light(new) and not is_light(begun):
+            return new
+        return begun or new
 
     def _least_served(self) -> _Tenant | None:
         while self._ranking:
@@ -160,9 +163,10 @@ class Queue:
         self._num_waiting += 1
         self.num_tokens += seq.num_tokens
 
-    def first(self) -> Sequence | None:
+    def first(self, is_light: Callable[[Sequence], bool] = lambda _: False) -> Sequence | None:
+        """`is_light`: whether its tenant has little on the ranks, and so made others go who have begun."""
         for priority in self._priorities:
-            if seq := self._by_priority[priority].first():
+            if seq := self._by_priority[priority].first(is_light):
                 return seq
         return None
 

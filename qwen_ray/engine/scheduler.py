@@ -2,8 +2,8 @@
 
 There are no phases: a sequence gets `min(budget, num_tokens - num_computed)` tokens. One is a decode, many are a chunk
 of a prefill, a prefix hit is a head start. One queue feeds all dp ranks: who is next, `queue.py` knows; what goes on
-in each dp rank, `dp_rank.py`; who must run alone, `suspects.py`. Knows nothing of tasks, transport or processes;
-`engine.py` turns the handle.
+in each dp rank, `dp_rank.py`; who runs beside a light tenant, `company.py`; who must run alone, `suspects.py`. Knows
+nothing of tasks, transport or processes; `engine.py` turns the handle.
 
 Ranks run steps in the order in which they were scheduled, and within a layer write all K and V of a step before any
 of its tokens attends. From that alone follows
@@ -24,6 +24,7 @@ from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import FinishReason, GenerateRequest, TokenDelta
 from qwen_ray.core.stats import EngineStats, RequestTimes
 from qwen_ray.core.step import Chunk, NewSequence, Sample, StepBatch, StepResult
+from qwen_ray.engine.company import Shares, StepTimes
 from qwen_ray.engine.dp_rank import DpRank, Room
 from qwen_ray.engine.queue import OUTPUT_COST, PROMPT_COST, Queue
 from qwen_ray.engine.sequence import Sequence, longest
@@ -56,6 +57,7 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}  # running
         self._queue = Queue(config.max_num_waiting)
         self._suspects = Suspects(config.depth)
+        self._times = StepTimes()
         self._deadlines = SequenceHeap()
         self._inflight: deque[_InFlight] = deque()
         self._dropped: list[int] = []  # to be told to the ranks with the next step
@@ -126,6 +128,7 @@ class Scheduler:
         """Take in a step's result; returns what there is to tell, ends since the last call included."""
         self._inflight.popleft()
         self._num_steps += 1
+        self._times.took(batch.num_tokens, result.seconds)
         now = self._clock()
         samples = {sample.sequence_id: sample for sample in result.samples}
         for part in result.prompt_logprobs:
@@ -183,13 +186,19 @@ class Scheduler:
         new: list[NewSequence] = []
         sequences: list[Sequence] = []
         self._suspects.begin_turn(of_others=suspect is None)
+        shares = Shares(self._by_id.values())
+        coming = self._next_to_come(suspect, shares)
+        if coming is not None and shares.is_light(coming):
+            self._make_way(coming, shares)
+        beside = shares.company(coming, self._times, self._config.max_num_batched_tokens)
         for dp_rank in self.dp_ranks:
-            for seq, count in dp_rank.ready(is_alone=suspect is not None):
+            for seq, count in dp_rank.ready(beside, is_alone=suspect is not None):
                 if (new_blocks := self._grow(dp_rank, seq, count)) is not None:
                     chunks.append(self._advance(dp_rank, seq, count, new_blocks))
                     sequences.append(seq)
-        while (seq := self._next_to_come(suspect)) and (room := self._find_room(seq)):
+        while (seq := self._next_to_come(suspect, shares)) and (room := self._find_room(seq)):
             count = self._admit(seq, room)
+            shares.came(seq)
             new.append(seq.to_new())
             chunks.append(self._advance(room.dp_rank, seq, count, seq.block_table))
             sequences.append(seq)
@@ -200,11 +209,11 @@ class Scheduler:
         dropped, self._dropped = tuple(self._dropped), []
         return StepBatch(step_id=self._num_scheduled_steps, chunks=tuple(chunks), new=tuple(new), dropped=dropped)
 
-    def _next_to_come(self, suspect: Sequence | None) -> Sequence | None:
+    def _next_to_come(self, suspect: Sequence | None, shares: Shares) -> Sequence | None:
         """Who is to be admitted next, if there is room."""
         if suspect is not None:
             return None if suspect.is_on_ranks else suspect
-        seq = self._queue.first() if self._suspects.has_room else None
+        seq = self._queue.first(shares.is_light) if self._suspects.has_room else None
         if seq is not None and seq.num_deaths:
             num_blamed = sum(other.num_deaths > 0 for other in self._by_id.values())
             return seq if num_blamed < MAX_BLAMED_TOGETHER else None
@@ -220,14 +229,31 @@ class Scheduler:
         num_missing = dp_rank.num_missing(seq, count)
         while num_missing > dp_rank.pool.num_free:
             victim = dp_rank.running[-1]
-            self._leave(victim)
-            self._wait(victim)
-            self._num_preemptions += 1
+            self._preempt(victim)
             if victim is seq:
                 return None
         new_blocks = dp_rank.pool.allocate(num_missing)
         seq.block_table += new_blocks
         return new_blocks
+
+    def _make_way(self, seq: Sequence, shares: Shares) -> None:
+        """For a light tenant's, where others fill a dp rank: their last in turn go, and lose no more than a turn."""
+        if any(dp_rank.has_place(seq) for dp_rank in self.dp_ranks):
+            return
+        dp_rank = max(self.dp_ranks, key=lambda dp_rank: len(dp_rank.running))
+        if dp_rank.num_missing(seq, seq.num_tokens) * (shares.num_parties + 1) > dp_rank.pool.num_blocks:
+            return  # it is more than its tenant's share
+        for victim in reversed(dp_rank.running.copy()):
+            if dp_rank.has_place(seq):
+                return
+            if not shares.is_light(victim) and not victim.is_set_aside:
+                self._preempt(victim)
+                shares.left(victim)
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._leave(victim)
+        self._wait(victim)
+        self._num_preemptions += 1
 
     def _find_room(self, seq: Sequence) -> Room | None:
         """Where the load is least with it, the first of several; None while it must wait."""

@@ -38,6 +38,7 @@ class Sequence:
         "first_token",
         "has_answered",
         "is_set_aside",
+        "last_step",
         "max_len",
         "num_cached_tokens",
         "num_computed",
@@ -81,6 +82,7 @@ class Sequence:
         self.num_computed = 0  # tokens whose K and V are written, or will be by a step in flight
         self.num_known = 0  # tokens that the ranks have been told
         self.dp_rank = 0  # where the blocks are; means nothing off the ranks
+        self.last_step = 0  # there, that it was in
 
     @property
     def is_on_ranks(self) -> bool:

@@ -12,15 +12,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from qwen_ray.layers.attention import Attention
 
+MADV_HUGEPAGE = 14
 MADV_POPULATE_WRITE = 23  # Linux 5.14: as if every page had been written to, without changing what is in it
 PART = 2**21  # bytes at a time: meanwhile no other thread can get memory of its own
+BUSY_REST = 50.0
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +43,33 @@ def allocate(
     return num_bytes
 
 
-def hold(caches: Sequence[torch.Tensor], stop: threading.Event) -> None:
+def hold(caches: Sequence[torch.Tensor], stop: threading.Event, is_idle: Callable[[], bool] = lambda: True) -> None:
     """Have the system give the memory now, not when the first long request comes, unless `stop` is set before.
 
-    In any thread: what is written to the cache meanwhile stays. Rests as long as it works, for nobody waits for it: a
-    GB takes 0.4 s, on a virtual machine whose host gives memory slowly ten times that.
+    In any thread: what is written to the cache meanwhile stays. The first blocks come first, in all of `caches`. Rests
+    as long as it works, and while others compute far longer, for it takes their bandwidth and nobody waits for it: a GB
+    takes 0.4 s, on a virtual machine whose host gives memory slowly ten times that.
     """
     if sys.platform != "linux":
         return
     page = os.sysconf("SC_PAGE_SIZE")
     libc = ctypes.CDLL(None, use_errno=True)
-    for tensor in (cache for cache in caches if cache.is_cpu):
-        end = tensor.data_ptr() + tensor.nbytes
-        for start in range(tensor.data_ptr() // page * page, end, PART):
+
+    def advise(start: int, num_bytes: int, advice: int) -> bool:
+        return libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(num_bytes), advice) == 0
+
+    ends = {tensor.data_ptr() // page * page: tensor.data_ptr() + tensor.nbytes for tensor in caches if tensor.is_cpu}
+    for start, end in ends.items():
+        advise(start, end - start, MADV_HUGEPAGE)  # where there are none, the others do
+    for part in range(0, max((end - start for start, end in ends.items()), default=0), PART):
+        for start, end in ends.items():
+            if start + part >= end:
+                continue
             started = time.perf_counter()
-            if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(min(PART, end - start)), MADV_POPULATE_WRITE):
+            if not advise(start + part, min(PART, end - start - part), MADV_POPULATE_WRITE):
                 logger.info("the KV cache is not held from the start: %s", os.strerror(ctypes.get_errno()))
                 return
-            if stop.wait(time.perf_counter() - started):
+            if stop.wait((time.perf_counter() - started) * (1 if is_idle() else BUSY_REST)):
                 return
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import platform
 import resource
@@ -37,6 +38,7 @@ from qwen_ray.worker.runner import Runner
 from qwen_ray.worker.weights import open_checkpoint
 
 CPU_WARM_UP_TOKENS = 128
+IDLE_SECONDS = 0.5  # after a step
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Worker:
         # What nobody waits for: the KV cache gets its memory, the vocabulary is read for grammars.
         self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="beside")
         self._closed = threading.Event()
+        self._last_busy = 0.0  # of `time.perf_counter`
         self._compiler: Future[GrammarCompiler | None] = Future()
         self._thread: int | None = None
         self._stats = RankStats(
@@ -112,7 +115,7 @@ class Worker:
         weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._compiler = self._beside.submit(self._load_compiler)
         caches = [cache for attention in model.attentions for cache in attention.kv_cache]
-        self._beside.submit(kv_cache.hold, caches, self._closed)
+        self._beside.submit(kv_cache.hold, caches, self._closed, self._is_idle)
         self._model = model
         self._runner = self._new_runner(model)
         self._stats = replace(
@@ -126,6 +129,9 @@ class Worker:
         logger.info(
             "rank %d: %d MB of weights in %.1f s", self.shard.rank, weights_bytes // 10**6, self._stats.load_seconds
         )
+
+    def _is_idle(self) -> bool:
+        return time.perf_counter() - self._last_busy > IDLE_SECONDS
 
     def _load_compiler(self) -> GrammarCompiler | None:
         """None on ranks that do not sample, and where there is no tokenizer: then no sequence may have a grammar."""
@@ -169,8 +175,10 @@ class Worker:
         assert self._runner is not None, "load first"
         self._use_threads()
         started = time.perf_counter()
+        self._last_busy = math.inf
         result = self._runner.run(batch)
-        seconds = time.perf_counter() - started
+        self._last_busy = time.perf_counter()
+        seconds = self._last_busy - started
         self._stats = replace(
             self._stats,
             num_steps=self._stats.num_steps + 1,

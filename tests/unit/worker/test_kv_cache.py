@@ -38,3 +38,26 @@ def test_whoever_closes_need_not_wait_for_all_of_it() -> None:
     before = resident()
     kv_cache.hold([cache], stop)
     assert resident() - before < 16 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is given as it is used")
+def test_the_first_blocks_of_all_come_first_and_others_are_let_compute() -> None:
+    caches = [torch.from_numpy(np.zeros(64 * 2**20, dtype=np.uint8)) for _ in range(2)]
+    stop = threading.Event()
+    looks = 0
+
+    def is_idle() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 8:
+            stop.set()
+        return looks % 2 == 0
+
+    before = resident()
+    kv_cache.hold(caches, stop, is_idle)
+    assert looks == 8
+    assert 12 * 2**20 < resident() - before < 24 * 2**20
+    given = resident()
+    for cache in caches:
+        cache[: 7 * 2**20] = 1
+    assert resident() - given < 6 * 2**20

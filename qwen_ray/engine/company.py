@@ -1,0 +1,128 @@
+"""Who computes beside a light tenant, and how much: what a step holds, all in it wait for.
+
+Where a step with many sequences takes several times as long as one with few (on a CPU; hardly on a GPU), a tenant that
+asks now and then would feel what another one has piled up. So a step with a light tenant in it holds only as many
+tokens of others as make it `SLOWDOWN` times as long, and those take turns. Knows sizes, times and who belongs to whom;
+nothing of blocks or ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
+
+from qwen_ray.engine.sequence import Sequence
+
+SLOWDOWN = 1.5  # of a light tenant's steps
+OTHERS = 4  # have at least one token in such a step for so many of light tenants
+# Weights of the newest step in the mean. What else runs on a machine makes steps longer, never shorter.
+OF_SHORTER, OF_LONGER = 0.5, 0.05
+
+Party = tuple[int, str]  # a priority and a tenant
+
+
+def party(seq: Sequence) -> Party:
+    return seq.request.priority, seq.request.tenant
+
+
+class StepTimes:
+    """What steps have taken, by their number of tokens."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}  # the mean, of steps with more than half of 2**key tokens, and at most all
+
+    def took(self, num_tokens: int, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        size = _size(num_tokens)
+        before = self._seconds.get(size, seconds)
+        self._seconds[size] = before + (OF_SHORTER if seconds < before else OF_LONGER) * (seconds - before)
+
+    def most(self, num_tokens: int) -> int | None:
+        """Tokens of the largest step that takes no more than SLOWDOWN times one of `num_tokens`; None: any.
+
+        Sizes that have not been seen are found out on the way: down to the smallest by halves, then between the
+        largest that is known to do and the smallest that is known not to.
+        """
+        size = _size(num_tokens)
+        known = sorted(other for other in self._seconds if other >= size)
+        if not known:
+            return None
+        if known[0] > size:
+            return 2 ** (known[0] - 1)
+        longest = SLOWDOWN * min(self._seconds[other] for other in known)
+        for shorter, longer in pairwise(known):
+            if self._seconds[longer] > longest:
+                return 2 ** ((shorter + longer) // 2)
+        return None
+
+
+def _size(num_tokens: int) -> int:
+    return (num_tokens - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Company:
+    """Of one step: whose tenants are light in it, and how many tokens others may have."""
+
+    light: frozenset[Party] = frozenset()
+    num_tokens: int  # of all
+    num_others: int = 0
+
+    def decodes(self, ready: list[Sequence], share: int) -> list[Sequence]:
+        """At most `share` of those `ready` for their next token, in the same order."""
+        if not self.light:
+            return ready[:share]
+        light = [seq for seq in ready if party(seq) in self.light]
+        others = sorted((seq for seq in ready if party(seq) not in self.light), key=attrgetter("last_step"))
+        chosen = set((light + others[: self.num_others])[:share])
+        return [seq for seq in ready if seq in chosen]
+
+    def prefills(self, ready: list[Sequence]) -> list[Sequence]:
+        """Light tenants' first."""
+        return sorted(ready, key=lambda seq: party(seq) not in self.light) if self.light else ready
+
+
+class Shares:
+    """Whose sequences run. Light are parties with less than half of an even share, and none more urgent than they."""
+
+    def __init__(self, running: Iterable[Sequence]) -> None:
+        self._running = list(running)
+        self._counts = Counter(map(party, self._running))
+
+    @property
+    def num_parties(self) -> int:
+        return len(self._counts)
+
+    def came(self, seq: Sequence) -> None:
+        self._running.append(seq)
+        self._counts[party(seq)] += 1
+
+    def left(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._counts -= Counter((party(seq),))
+
+    def is_light(self, seq: Sequence) -> bool:
+        """Whether its party is, or would be with it."""
+        own = self._counts[party(seq)] + (not seq.is_on_ranks)
+        total = len(self._running) + (not seq.is_on_ranks)
+        num_parties = len(self._counts.keys() | {party(seq)})
+        is_urgent = all(seq.request.priority <= priority for priority, _ in self._counts)
+        return is_urgent and num_parties > 1 and 2 * own * num_parties <= total
+
+    def company(self, coming: Sequence | None, times: StepTimes, limit: int) -> Company:
+        """Of the next step, of at most `limit` tokens, with `coming` next in the queue."""
+        there = self._running if coming is None else [*self._running, coming]
+        firsts = {party(seq): seq for seq in there}
+        if len(firsts) < 2:
+            return Company(num_tokens=limit)
+        light = frozenset(of for of, seq in firsts.items() if self.is_light(seq))
+        num_light = sum(seq.num_uncomputed for seq in there if party(seq) in light)
+        most = times.most(num_light) if num_light else None
+        if most is None:
+            return Company(num_tokens=limit)
+        num_others = max(most - num_light, num_light // OTHERS, 1)
+        return Company(light=light, num_tokens=min(limit, num_light + num_others), num_others=num_others)
