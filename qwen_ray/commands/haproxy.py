@@ -12,6 +12,7 @@ Serve's. Certificate and key stay where they are.
 from __future__ import annotations
 
 import json
+import resource
 import ssl
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ LOOPBACK = "127.0.0.1"
 STATISTICS, METRICS = "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"
 # The paths of sockets must be short: 107 characters, of which Serve and HAProxy add 80.
 SOCKETS, PREFIX = "/tmp", "qr-proxy-"
+
+MAX_CONNECTIONS = 16384
+FILES_EACH, OTHER_FILES = 2.5, 512  # of HAProxy: a file on both sides, and a pipe for every fourth
 
 # The private key is found beside the certificate, under its name with `.key`.
 TLS = """
@@ -93,6 +97,7 @@ def in_front(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
         environment = {
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
             "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+            "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
         }
         yield settings.model_copy(update={"http": plain}), {**environment, **ports, **_places(Path(sockets))}
 
@@ -105,6 +110,14 @@ def own_ports() -> dict[str, str]:
     """
     names = STATISTICS, METRICS, "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"
     return {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
+
+
+def _max_connections() -> int:
+    """Beyond them whoever comes waits for others to leave, who may not even have asked yet."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1024, min(MAX_CONNECTIONS, int((files - OTHER_FILES) / FILES_EACH)))
 
 
 def _places(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from qwen_ray.engine.sequence import Sequence
 SLOWDOWN = 1.5  # of a light tenant's steps
 OTHERS = 4  # have at least one token in such a step for so many of light tenants
 # Weights of the newest step in the mean. What else runs on a machine makes steps longer, never shorter.
-OF_SHORTER, OF_LONGER = 0.5, 0.05
+OF_SHORTER, OF_LONGER = 0.5, 0.01
 
 Party = tuple[int, str]  # a priority and a tenant
 

@@ -54,11 +54,12 @@ class Pace:
 class _Tenant:
     """One tenant within one priority."""
 
-    __slots__ = ("counter", "is_ranked", "waiting")
+    __slots__ = ("counter", "is_ranked", "num_sequences", "waiting")
 
     def __init__(self) -> None:
         self.counter = 0.0
         self.is_ranked = False
+        self.num_sequences = 0  # known, waiting or not
         self.waiting = SequenceHeap()  # those that have not begun, by turn
 
 
@@ -69,15 +70,19 @@ class _Priority:
         self.num_sequences = 0  # known, waiting or not
         self.begun = SequenceHeap()  # by turn
         self.tenants: dict[str, _Tenant] = {}
-        # Who has somebody waiting, by counter. Counters only grow, so an entry may lag behind, but never runs ahead.
-        self._ranking: list[tuple[float, int, _Tenant]] = []
+        # Who has somebody waiting, by counter; of equals first those with nothing else here. Counters only grow, so
+        # an entry may lag behind, but never runs ahead.
+        self._ranking: list[tuple[float, bool, int, _Tenant]] = []
         self._num_ranked = 0
         self._last = _Tenant()  # the last to have had a turn
 
     def know(self, tenant: str) -> None:
         self.num_sequences += 1
-        if tenant not in self.tenants:
-            self.tenants[tenant] = _Tenant()
+        self.tenants.setdefault(tenant, _Tenant()).num_sequences += 1
+
+    def forget(self, tenant: str) -> None:
+        self.num_sequences -= 1
+        self.tenants[tenant].num_sequences -= 1
 
     def push(self, seq: Sequence) -> None:
         tenant = self.tenants[seq.request.tenant]
@@ -88,7 +93,7 @@ class _Priority:
         if not tenant.is_ranked:
             tenant.is_ranked = True
             self._num_ranked += 1
-            heapq.heappush(self._ranking, (tenant.counter, self._num_ranked, tenant))
+            heapq.heappush(self._ranking, (tenant.counter, tenant.num_sequences > 1, self._num_ranked, tenant))
 
     def remove(self, seq: Sequence) -> None:
         self._last = self.tenants[seq.request.tenant]
@@ -103,12 +108,12 @@ class _Priority:
 
     def _least_served(self) -> _Tenant | None:
         while self._ranking:
-            counter, number, tenant = self._ranking[0]
+            counter, _, number, tenant = self._ranking[0]
             if not tenant.waiting:
                 tenant.is_ranked = False
                 heapq.heappop(self._ranking)
             elif counter < tenant.counter:
-                heapq.heapreplace(self._ranking, (tenant.counter, number, tenant))
+                heapq.heapreplace(self._ranking, (tenant.counter, tenant.num_sequences > 1, number, tenant))
             else:
                 return tenant
         return None
@@ -147,7 +152,7 @@ class Queue:
     def forget(self, seq: Sequence) -> None:
         """It has ended. Accounts of a priority at which nothing is left mean nothing any more."""
         priority = seq.request.priority
-        self._by_priority[priority].num_sequences -= 1
+        self._by_priority[priority].forget(seq.request.tenant)
         if not self._by_priority[priority].num_sequences:
             del self._by_priority[priority]
             self._priorities.remove(priority)

@@ -2,6 +2,8 @@
 
     sudo python tests/deploy/image_steps.py deploy/Dockerfile FOLDER        FOLDER: outside of /tmp, 10 GB
 
+ARGs are taken from the environment, such as TORCH_INDEX of a machine with wheels of its own.
+
 Makes one root with debootstrap (apt-get install debootstrap), copies it for each stage, runs RUN with chroot and copies
 for COPY; then starts CMD as its USER, asks it for an answer and ends it. Knows the instructions that our files use and
 refuses others. What pip is told on this machine (its configuration, and local folders of it) is told inside too.
@@ -27,7 +29,9 @@ START_SECONDS = 900
 PORT = 8000
 # Of this machine, for pip and apt inside.
 BOUND = [folder for folder in ("/opt/wheels", "/opt/pypi", "/opt/pypi-more") if Path(folder).is_dir()]
-LENT = ["/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf", "/root/.config/pip/pip.conf"]
+LENT = ["/etc/resolv.conf", "/etc/pip.conf", "/root/.config/pip/pip.conf"]
+# A proxy's certificate may be among them; the place inside is one that no package writes to.
+CERTIFICATES, CERTIFICATES_INSIDE = "/etc/ssl/certs/ca-certificates.crt", "/run/certificates.crt"
 PASSED = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
@@ -119,9 +123,14 @@ class Image:
         mounts = [f"mount -t proc proc {stage.root}/proc", f"mount --rbind /dev {stage.root}/dev"]
         for folder in BOUND:
             mounts.append(f"mkdir -p {stage.root}{folder} && mount --bind {folder} {stage.root}{folder}")
+        trusted: dict[str, str] = {}
+        if Path(CERTIFICATES).exists():
+            inside = f"{stage.root}{CERTIFICATES_INSIDE}"
+            mounts.append(f"touch {inside} && mount --bind {CERTIFICATES} {inside}")
+            trusted = dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE"), CERTIFICATES_INSIDE)
         passed = {name: value for name, value in os.environ.items() if name in PASSED or name.startswith("PIP_")}
         home = {"HOME": "/home/ray" if stage.user else "/root"}
-        variables = [f"{name}={value}" for name, value in {**passed, **home, **stage.environment}.items()]
+        variables = [f"{name}={value}" for name, value in {**passed, **home, **trusted, **stage.environment}.items()]
         who = [f"--userspec={stage.user}:{stage.user}"] if stage.user else []
         enter = ["chroot", *who, str(stage.root), "/usr/bin/env", "-i", *variables]
         go = ["/bin/bash", "-c", f'cd {stage.folder}; exec "$0" "$@"', *command]

@@ -83,7 +83,7 @@ def test_nobody_saves_up_by_being_idle() -> None:
         late = waiting(f"b{i}", "b", arrival=50.0 + i)
         queue.know(late)
         queue.push(late)
-    assert take_all(queue, cost=100.0) == ["a6", "b0", "a7", "b1", "a8", "b2", "a9", "b3", "a10", "a11"]
+    assert take_all(queue, cost=100.0) == ["b0", "a6", "a7", "b1", "a8", "b2", "a9", "b3", "a10", "a11"]
 
 
 def test_nobody_saves_up_while_the_queue_is_empty_either() -> None:
