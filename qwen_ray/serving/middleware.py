@@ -197,7 +197,7 @@ class BodyLimit:
 
 
 class InTurn:
-    """The work on a request begins once its body is here. When there are many, their tenants take turns."""
+    """When there are many requests, their tenants take turns: to come in, and to be worked on once the body is here."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -208,12 +208,15 @@ class InTurn:
             await self._app(scope, receive, send)
             return
 
+        tenant = Call.of(scope).caller.id
+
         async def in_turn() -> Message:
             event = await receive()
             if event["type"] == "http.request" and not event.get("more_body"):
-                await self._turns.next(Call.of(scope).caller.id)
+                await self._turns.next(tenant)
             return event
 
+        await self._turns.next(tenant)
         await self._app(scope, in_turn, send)
 
 

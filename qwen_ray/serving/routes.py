@@ -118,8 +118,8 @@ def create_app(service: Service, *, behind_serve: bool = False) -> FastAPI:
     app = Api(title="qwen-ray", version=VERSION, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
-    app.add_middleware(InTurn)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
+    app.add_middleware(InTurn)
     app.add_middleware(Gate, keys=service.keys, open_requests=service.open_requests)
     app.add_middleware(
         Watch,
