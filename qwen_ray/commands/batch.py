@@ -6,6 +6,7 @@ Imports neither torch nor Ray; what answers runs in `serving/batch.py`, in a pro
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from qwen_ray.commands import process_tree
@@ -13,7 +14,7 @@ from qwen_ray.commands.child import Stopped, check, ignore_signals, log_file, si
 from qwen_ray.commands.console import err, out, progress_bars
 from qwen_ray.commands.pull import pull
 from qwen_ray.config import API_KEY_VARIABLE, Settings
-from qwen_ray.core.errors import SettingsError
+from qwen_ray.core.errors import QwenRayError, SettingsError
 from qwen_ray.machine import this_machine
 from qwen_ray.planner.search import plan
 from qwen_ray.serving.batch_file import read_requests
@@ -29,6 +30,8 @@ def run_batch(settings: Settings, source: Path, target: Path, concurrency: int) 
     """Until every request has its answer. Raises QwenRayError, and KeyboardInterrupt when it is stopped before."""
     if len(settings.models) != 1:
         raise SettingsError(f"models: a batch has one model, got {len(settings.models)}.", field="models")
+    if find_spec("pandas") is None or find_spec("pyarrow") is None:
+        raise QwenRayError("Batches run on Ray Data, which is not installed: pip install 'qwen-ray[batch]'.")
     # What is wrong with the file is said before anything is fetched or started.
     total = len(read_requests(source))
     config = load_config(pull(settings.models[0], settings))
