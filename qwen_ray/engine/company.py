@@ -87,39 +87,42 @@ class Company:
 
 
 class Shares:
-    """Whose sequences run. Light are parties with less than half of an even share, and none more urgent than they."""
+    """How many sequences of each party run. Light are those with less than half of an even share, and none more urgent
+    than they are."""
 
-    def __init__(self, running: Iterable[Sequence]) -> None:
-        self._running = list(running)
-        self._counts = Counter(map(party, self._running))
+    def __init__(self) -> None:
+        self._counts: Counter[Party] = Counter()  # above 0
 
     @property
     def num_parties(self) -> int:
         return len(self._counts)
 
     def came(self, seq: Sequence) -> None:
-        self._running.append(seq)
         self._counts[party(seq)] += 1
 
     def left(self, seq: Sequence) -> None:
-        self._running.remove(seq)
-        self._counts -= Counter((party(seq),))
+        of = party(seq)
+        self._counts[of] -= 1
+        if not self._counts[of]:
+            del self._counts[of]
+
+    def clear(self) -> None:
+        self._counts.clear()
 
     def is_light(self, seq: Sequence) -> bool:
         """Whether its party is, or would be with it."""
         own = self._counts[party(seq)] + (not seq.is_on_ranks)
-        total = len(self._running) + (not seq.is_on_ranks)
+        total = self._counts.total() + (not seq.is_on_ranks)
         num_parties = len(self._counts.keys() | {party(seq)})
         is_urgent = all(seq.request.priority <= priority for priority, _ in self._counts)
         return is_urgent and num_parties > 1 and 2 * own * num_parties <= total
 
-    def company(self, coming: Sequence | None, times: StepTimes, limit: int) -> Company:
+    def company(self, running: Iterable[Sequence], coming: Sequence | None, times: StepTimes, limit: int) -> Company:
         """Of the next step, of at most `limit` tokens, with `coming` next in the queue."""
-        there = self._running if coming is None else [*self._running, coming]
-        firsts = {party(seq): seq for seq in there}
-        if len(firsts) < 2:
+        if len(self._counts.keys() | ({party(coming)} if coming else set[Party]())) < 2:
             return Company(num_tokens=limit)
-        light = frozenset(of for of, seq in firsts.items() if self.is_light(seq))
+        there = [*running, coming] if coming else list(running)
+        light = frozenset(of for of, seq in {party(seq): seq for seq in there}.items() if self.is_light(seq))
         num_light = sum(seq.num_uncomputed for seq in there if party(seq) in light)
         most = times.most(num_light) if num_light else None
         if most is None:

@@ -58,6 +58,7 @@ class Scheduler:
         self._queue = Queue(config.max_num_waiting)
         self._suspects = Suspects(config.depth)
         self._times = StepTimes()
+        self._shares = Shares()
         self._deadlines = SequenceHeap()
         self._inflight: deque[_InFlight] = deque()
         self._dropped: list[int] = []  # to be told to the ranks with the next step
@@ -151,6 +152,7 @@ class Scheduler:
         """
         lost = [seq for dp_rank in self.dp_ranks for seq in dp_rank.clear()]
         self._by_id.clear()
+        self._shares.clear()
         self._dropped.clear()
         for seq in lost:
             self._wait(seq)
@@ -186,19 +188,18 @@ class Scheduler:
         new: list[NewSequence] = []
         sequences: list[Sequence] = []
         self._suspects.begin_turn(of_others=suspect is None)
-        shares = Shares(self._by_id.values())
-        coming = self._next_to_come(suspect, shares)
-        if coming is not None and shares.is_light(coming):
-            self._make_way(coming, shares)
-        beside = shares.company(coming, self._times, self._config.max_num_batched_tokens)
+        coming = self._next_to_come(suspect)
+        if coming is not None and self._shares.is_light(coming):
+            self._make_way(coming)
+        limit = self._config.max_num_batched_tokens
+        beside = self._shares.company(self._by_id.values(), coming, self._times, limit)
         for dp_rank in self.dp_ranks:
             for seq, count in dp_rank.ready(beside, is_alone=suspect is not None):
                 if (new_blocks := self._grow(dp_rank, seq, count)) is not None:
                     chunks.append(self._advance(dp_rank, seq, count, new_blocks))
                     sequences.append(seq)
-        while (seq := self._next_to_come(suspect, shares)) and (room := self._find_room(seq)):
+        while (seq := self._next_to_come(suspect)) and (room := self._find_room(seq)):
             count = self._admit(seq, room)
-            shares.came(seq)
             new.append(seq.to_new())
             chunks.append(self._advance(room.dp_rank, seq, count, seq.block_table))
             sequences.append(seq)
@@ -209,11 +210,11 @@ class Scheduler:
         dropped, self._dropped = tuple(self._dropped), []
         return StepBatch(step_id=self._num_scheduled_steps, chunks=tuple(chunks), new=tuple(new), dropped=dropped)
 
-    def _next_to_come(self, suspect: Sequence | None, shares: Shares) -> Sequence | None:
+    def _next_to_come(self, suspect: Sequence | None) -> Sequence | None:
         """Who is to be admitted next, if there is room."""
         if suspect is not None:
             return None if suspect.is_on_ranks else suspect
-        seq = self._queue.first(shares.is_light) if self._suspects.has_room else None
+        seq = self._queue.first(self._shares.is_light) if self._suspects.has_room else None
         if seq is not None and seq.num_deaths:
             num_blamed = sum(other.num_deaths > 0 for other in self._by_id.values())
             return seq if num_blamed < MAX_BLAMED_TOGETHER else None
@@ -236,19 +237,18 @@ class Scheduler:
         seq.block_table += new_blocks
         return new_blocks
 
-    def _make_way(self, seq: Sequence, shares: Shares) -> None:
+    def _make_way(self, seq: Sequence) -> None:
         """For a light tenant's, where others fill a dp rank: their last in turn go, and lose no more than a turn."""
         if any(dp_rank.has_place(seq) for dp_rank in self.dp_ranks):
             return
         dp_rank = max(self.dp_ranks, key=lambda dp_rank: len(dp_rank.running))
-        if dp_rank.num_missing(seq, seq.num_tokens) * (shares.num_parties + 1) > dp_rank.pool.num_blocks:
+        if dp_rank.num_missing(seq, seq.num_tokens) * (self._shares.num_parties + 1) > dp_rank.pool.num_blocks:
             return  # it is more than its tenant's share
         for victim in reversed(dp_rank.running.copy()):
             if dp_rank.has_place(seq):
                 return
-            if not shares.is_light(victim) and not victim.is_set_aside:
+            if not self._shares.is_light(victim) and not victim.is_set_aside:
                 self._preempt(victim)
-                shares.left(victim)
 
     def _preempt(self, victim: Sequence) -> None:
         self._leave(victim)
@@ -267,6 +267,7 @@ class Scheduler:
         count = room.dp_rank.admit(seq, room.hits, self._num_admissions)
         self._num_admissions += 1
         self._by_id[seq.sequence_id] = seq
+        self._shares.came(seq)
         if not seq.first_scheduled:
             seq.first_scheduled = self._clock()
             seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
@@ -359,5 +360,6 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Take a running sequence off the ranks. Results still in flight find its id gone and are dropped."""
         del self._by_id[seq.sequence_id]
+        self._shares.left(seq)
         self._dropped.append(seq.sequence_id)
         self.dp_ranks[seq.dp_rank].leave(seq)

@@ -5,6 +5,8 @@ tests/deploy holds the two together.
 {{- define "qwen-ray.environment" -}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RES_OPTIONS, value: "timeout:1 attempts:3"}
+- {name: RAY_ROTATION_MAX_BYTES, value: "104857600"}
+- {name: RAY_ROTATION_BACKUP_COUNT, value: "3"}
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
 - {name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD, value: "0"}
 - {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: "3600"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from qwen_ray.core.errors import DEADLINE_EXCEEDED, RANKS_FAILED, RankFailed
@@ -10,6 +10,7 @@ from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest, SamplingParams, TokenDelta
 from qwen_ray.core.stats import RequestTimes
 from qwen_ray.core.step import StepBatch, StepResult
+from qwen_ray.engine.company import party
 from qwen_ray.engine.scheduler import Scheduler
 from qwen_ray.engine.sequence import Sequence
 from tests.unit.engine.fake_ranks import FakeRanks, alone, context_of, pooled
@@ -175,6 +176,7 @@ class Harness:
             dp_rank.pool.check([seq.block_table for seq in dp_rank.running])
             assert all(seq.dp_rank == dp_rank.number for seq in dp_rank.running)
             assert len(dp_rank.running) <= self.config.max_num_seqs
+        assert self.scheduler._shares._counts == Counter(map(party, self.running))
         stats = self.scheduler.stats()
         assert (stats.num_running, stats.num_waiting) == (len(self.running), len(self.alive) - len(self.running))
 

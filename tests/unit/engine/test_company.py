@@ -25,6 +25,13 @@ def sequences(tenants: str) -> list[Sequence]:
     return found
 
 
+def of_all(running: list[Sequence]) -> Shares:
+    shares = Shares()
+    for seq in running:
+        shares.came(seq)
+    return shares
+
+
 def filled(config: EngineConfig = CONFIG, *, max_tokens: int = 40) -> Harness:
     """With a heavy tenant that has more to do than there is room for; steps of all sizes have been seen."""
     harness = Harness(config)
@@ -75,17 +82,21 @@ def test_where_large_steps_take_as_long_as_small_ones_there_is_no_limit() -> Non
 
 
 def test_who_is_light() -> None:
-    shares = Shares(sequences("aaaaaaab"))
-    one_of_a, *_, b = shares._running
+    running = sequences("aaaaaaab")
+    shares = of_all(running)
+    one_of_a, *_, b = running
     assert shares.is_light(b)
     assert not shares.is_light(one_of_a)
-    assert not Shares(sequences("aaaa")).is_light(sequences("a")[0])
-    assert not any(map(Shares(sequences("ab")).is_light, sequences("ab")))
+    assert not of_all(sequences("aaaa")).is_light(sequences("a")[0])
+    assert not any(map(of_all(sequences("ab")).is_light, sequences("ab")))
     (coming,) = sequences("c")
     coming.leave_ranks()
     assert shares.is_light(coming)
     less_urgent = Sequence(of("d", "d0", priority=1), number=0, max_len=12, now=0.0)
     assert not shares.is_light(less_urgent)
+    shares.left(b)
+    assert shares.num_parties == 1
+    assert not shares.is_light(one_of_a)
 
 
 def test_a_light_tenant_waits_for_few_tokens_of_others() -> None:
