@@ -184,6 +184,9 @@ class EngineSettings(Section):
     max_num_seqs: int = Field(default=64, ge=1, description="sequences running at once")
     max_num_batched_tokens: Tokens = Field(default=2048, description="tokens of one step")
     max_num_waiting: int = Field(default=1024, ge=1, description="sequences in the queue; one more gets 429")
+    light_tenant_slowdown: float = Field(
+        default=1.5, ge=1, description="times as long as alone that others may make the steps of a key that asks little"
+    )
     enable_prefix_caching: bool = True
     kv_cache_memory: Bytes | None = Field(default=None, description="KV cache of one rank; by default from free memory")
     standby_ranks: bool = Field(
@@ -295,6 +298,7 @@ OPTIONS: dict[str, str] = {
     "max-num-seqs": "engine.max_num_seqs",
     "max-num-batched-tokens": "engine.max_num_batched_tokens",
     "max-num-waiting": "engine.max_num_waiting",
+    "light-tenant-slowdown": "engine.light_tenant_slowdown",
     "enable-prefix-caching": "engine.enable_prefix_caching",
     "standby-ranks": "engine.standby_ranks",
     "kv-cache-memory": "engine.kv_cache_memory",

@@ -60,6 +60,7 @@ def plan_request(
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_num_waiting=engine.max_num_waiting,
+        light_tenant_slowdown=engine.light_tenant_slowdown,
         enable_prefix_caching=engine.enable_prefix_caching,
         standby_ranks=engine.standby_ranks,
     )

@@ -353,6 +353,7 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences running at once
     max_num_batched_tokens: int = 2048  # of one step
     max_num_waiting: int = 1024  # sequences in the queue; one more is refused
+    light_tenant_slowdown: float = 1.5  # of steps with a light tenant, by others: see `engine/company.py`
     enable_prefix_caching: bool = True
     depth: int = 1  # steps in flight
     dp_attention: int = 1

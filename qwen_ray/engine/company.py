@@ -2,7 +2,7 @@
 
 Where a step with many sequences takes several times as long as one with few (on a CPU; hardly on a GPU), a tenant that
 asks now and then would feel what another one has piled up. So a step with a light tenant in it holds only as many
-tokens of others as make it `SLOWDOWN` times as long, and those take turns. Knows sizes, times and who belongs to whom;
+tokens of others as make it `slowdown` times as long, and those take turns. Knows sizes, times and who belongs to whom;
 nothing of blocks or ranks.
 """
 
@@ -16,8 +16,7 @@ from operator import attrgetter
 
 from qwen_ray.engine.sequence import Sequence
 
-SLOWDOWN = 1.5  # of a light tenant's steps
-OTHERS = 4  # have at least one token in such a step for so many of light tenants
+OTHERS = 4  # have at least one token in a light tenant's step for every so many of its own
 # Weights of the newest step in the mean. What else runs on a machine makes steps longer, never shorter.
 OF_SHORTER, OF_LONGER = 0.5, 0.01
 
@@ -29,9 +28,10 @@ def party(seq: Sequence) -> Party:
 
 
 class StepTimes:
-    """What steps have taken, by their number of tokens."""
+    """What steps have taken, by their number of tokens, and so which are at most `slowdown` times as long as others."""
 
-    def __init__(self) -> None:
+    def __init__(self, slowdown: float) -> None:
+        self._slowdown = slowdown
         self._seconds: dict[int, float] = {}  # the mean, of steps with more than half of 2**key tokens, and at most all
 
     def took(self, num_tokens: int, seconds: float) -> None:
@@ -42,7 +42,7 @@ class StepTimes:
         self._seconds[size] = before + (OF_SHORTER if seconds < before else OF_LONGER) * (seconds - before)
 
     def most(self, num_tokens: int) -> int | None:
-        """Tokens of the largest step that takes no more than SLOWDOWN times one of `num_tokens`; None: any.
+        """Tokens of the largest step that takes no more than `slowdown` times one of `num_tokens`; None: any.
 
         Sizes that have not been seen are found out on the way: down to the smallest by halves, then between the
         largest that is known to do and the smallest that is known not to.
@@ -53,7 +53,7 @@ class StepTimes:
             return None
         if known[0] > size:
             return 2 ** (known[0] - 1)
-        longest = SLOWDOWN * min(self._seconds[other] for other in known)
+        longest = self._slowdown * min(self._seconds[other] for other in known)
         for shorter, longer in pairwise(known):
             if self._seconds[longer] > longest:
                 return 2 ** ((shorter + longer) // 2)

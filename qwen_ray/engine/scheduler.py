@@ -57,7 +57,7 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}  # running
         self._queue = Queue(config.max_num_waiting)
         self._suspects = Suspects(config.depth)
-        self._times = StepTimes()
+        self._times = StepTimes(config.light_tenant_slowdown)
         self._shares = Shares()
         self._deadlines = SequenceHeap()
         self._inflight: deque[_InFlight] = deque()

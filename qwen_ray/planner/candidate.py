@@ -60,6 +60,7 @@ class PlanRequest:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_num_waiting: int = 1024
+    light_tenant_slowdown: float = 1.5
     enable_prefix_caching: bool = True
     standby_ranks: bool = False
     device: str | None = None

@@ -98,6 +98,7 @@ def _evaluate(request: PlanRequest, degrees: Degrees, pp: int, context: int) -> 
         max_num_seqs=request.max_num_seqs,
         max_num_batched_tokens=request.max_num_batched_tokens,
         max_num_waiting=request.max_num_waiting,
+        light_tenant_slowdown=request.light_tenant_slowdown,
         enable_prefix_caching=request.enable_prefix_caching,
         depth=pp,
         dp_attention=plan.dp_attention,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qwen_ray.core.plan import EngineConfig
 from qwen_ray.core.request import GenerateRequest
-from qwen_ray.engine.company import SLOWDOWN, Shares, StepTimes
+from qwen_ray.engine.company import Shares, StepTimes
 from qwen_ray.engine.sequence import Sequence
 from tests.unit.engine.harness import Harness, request
 
@@ -47,7 +47,7 @@ def filled(config: EngineConfig = CONFIG, *, max_tokens: int = 40) -> Harness:
 
 
 def test_sizes_of_steps_are_found_out() -> None:
-    times = StepTimes()
+    times = StepTimes(1.5)
     assert times.most(1) is None
     asked: list[int] = []
     times.took(64, 64.0)
@@ -59,11 +59,11 @@ def test_sizes_of_steps_are_found_out() -> None:
     # By halves to the smallest, and then what takes no longer than it may: 16 of 1, where 11 s may become 16.5.
     assert asked[:6] == [32, 16, 8, 4, 2, 1]
     assert set(asked[6:]) == {4}
-    assert 10.0 + 4 <= SLOWDOWN * 11.0 < 10.0 + 8
+    assert 10.0 + 4 <= 1.5 * 11.0 < 10.0 + 8
 
 
 def test_what_else_runs_on_the_machine_is_no_time_of_a_step() -> None:
-    times = StepTimes()
+    times = StepTimes(1.5)
     for size in (1, 2, 4, 8, 16, 32, 64):
         times.took(size, 1.0 + size / 8)
     before = times.most(1)
@@ -73,7 +73,7 @@ def test_what_else_runs_on_the_machine_is_no_time_of_a_step() -> None:
 
 
 def test_where_large_steps_take_as_long_as_small_ones_there_is_no_limit() -> None:
-    times = StepTimes()
+    times = StepTimes(1.5)
     for size in (1, 4, 64):
         times.took(size, 1.0 + size / 1000)
     assert times.most(1) is None
@@ -112,6 +112,14 @@ def test_a_light_tenant_waits_for_few_tokens_of_others() -> None:
     assert all(len(names) > 1 for names in steps)  # others go on
     harness.drain()
     harness.check_ended()
+
+
+def test_how_much_it_waits_is_for_its_owner_to_say() -> None:
+    harness = filled(replace(CONFIG, light_tenant_slowdown=1000.0))
+    harness.add(of("light", "light"))
+    harness.step()
+    assert "light" in harness.steps[-1]
+    assert len(harness.steps[-1]) == CONFIG.max_num_seqs
 
 
 def test_others_take_turns_beside_it() -> None:
