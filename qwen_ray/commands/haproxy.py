@@ -44,8 +44,7 @@ backend qwen_ray_plain
     mode http
     server serve {loopback}:{plain_port}
 """
-# What an ingress refuses, others wait for: it is one event loop. HAProxy takes a tenth of the time. Who sends no key is
-# told apart by address.
+# What an ingress refuses, others wait for: it is one event loop. Who sends no key is told apart by address.
 OPEN_REQUESTS = """
     stick-table type binary len 32 size 100k expire 10m store conn_cur
     http-request track-sc0 req.fhdr(authorization),sha2(256) if METH_POST {{ req.fhdr(authorization) -m found }}
@@ -80,7 +79,7 @@ def in_front(settings: Settings) -> Iterator[tuple[Settings, dict[str, str]]]:
         more = "" if plain is http else f' -f "{_write_tls(Path(folder), http, plain)}"'
         script = Path(folder) / "haproxy"
         limit = http.max_open_requests * http.num_ingress
-        message = f"{limit} requests of this key are open; come back in {RETRY_SECONDS} s."
+        message = f"{limit} requests of this key or address are open; come back in {RETRY_SECONDS} s."
         open_requests = Path(folder) / "open-requests.cfg"
         open_requests.write_text(OPEN_REQUESTS.format(limit=limit, seconds=RETRY_SECONDS, body=_overloaded(message)))
         script.write_text(
