@@ -1,7 +1,7 @@
 """What Ray and Ray Serve must find in their environment. Imports neither: both read it when they are imported.
 
-Whoever starts a cluster puts these into its own environment first, unless the user has set them; Ray hands them on to
-every process. A KubeRay cluster carries them in its pods.
+Whoever starts a cluster puts these into its own environment first, on top of what is set; Ray hands them on to every
+process. A KubeRay cluster carries them in its pods.
 """
 
 from __future__ import annotations
