@@ -88,26 +88,27 @@ class DpRank:
 
     def room(self, seq: Sequence) -> Room | None:
         """For all its tokens, in the step being made; None while there is none."""
-        if not self._budget.of(seq):
+        hits = self._place(seq) if self._budget.of(seq) else None
+        if hits is None:
             return None
-        hits = self._hits(seq)
-        if not self._has_place(seq, hits):
-            return None
-        return Room(
-            dp_rank=self, hits=hits, load=self.num_used_blocks + self._num_blocks_of(seq.num_tokens) - len(hits)
-        )
+        num_blocks = self._num_blocks_of(seq.num_tokens)
+        return Room(dp_rank=self, hits=hits, load=self.num_used_blocks + num_blocks - len(hits))
 
     def has_place(self, seq: Sequence) -> bool:
         """In some step."""
-        return self._has_place(seq, self._hits(seq))
+        return self._place(seq) is not None
 
-    def _has_place(self, seq: Sequence, hits: list[int]) -> bool:
+    def _place(self, seq: Sequence) -> list[int] | None:
+        """Its hits, if it could be admitted."""
         num_running = len(self.running)
         if num_running >= self._config.max_num_seqs:
-            return False
+            return None
+        hits = self._hits(seq)
         # One block to spare for each running sequence, or its next token would preempt what was just admitted; and
         # whoever was preempted in this step would come straight back for the blocks it has just given up.
-        return self.pool.cost(hits, self._num_blocks_of(seq.num_tokens)) + num_running <= self.pool.num_free
+        if self.pool.cost(hits, self._num_blocks_of(seq.num_tokens)) + num_running > self.pool.num_free:
+            return None
+        return hits
 
     def admit(self, seq: Sequence, hits: list[int], sequence_id: int) -> int:
         """Let it run here, where `room` has found `hits`; how many of its tokens now fit."""

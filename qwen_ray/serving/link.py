@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import deque
 from typing import Any, Literal
 
 from qwen_ray.cluster.channel import Channel
@@ -30,9 +31,10 @@ class Link:
         self._full_until = 0.0
         self._asked: dict[int, asyncio.Future[Answer]] = {}
         self._ids = itertools.count()
-        # Since the last status: what it could not yet count.
-        self._new_sequences = 0
+        # What the last status could not yet count: tokens of each request that it crossed, or that came after it.
+        self._new: deque[int] = deque()
         self._new_tokens = 0
+        self._num_received = 0
 
     @property
     def reason(self) -> str:
@@ -97,12 +99,12 @@ class Link:
         """(prompt tokens still to be computed, sequences): the smaller, the sooner a new request runs."""
         engine = self.status.engine if self.status else None
         if engine is None:
-            return self._new_tokens, self._new_sequences
+            return self._new_tokens, len(self._new)
         sequences = engine.num_running + engine.num_waiting
-        return engine.num_waiting_tokens + self._new_tokens, sequences + self._new_sequences
+        return engine.num_waiting_tokens + self._new_tokens, sequences + len(self._new)
 
     def submitted(self, num_tokens: int) -> None:
-        self._new_sequences += 1
+        self._new.append(num_tokens)
         self._new_tokens += num_tokens
 
     def was_full(self) -> None:
@@ -120,7 +122,9 @@ class Link:
         """Takes a status or an answer; True when it was a status."""
         if isinstance(message, ReplicaStatus):
             self.status = message
-            self._new_sequences = self._new_tokens = 0
+            for _ in range(message.num_received - self._num_received):
+                self._new_tokens -= self._new.popleft()
+            self._num_received = message.num_received
             return True
         future = self._asked.pop(message.ask_id, None)
         if future is not None and not future.done():

@@ -53,6 +53,7 @@ class ReplicaStatus:
     expert_imbalance: float | None = None  # tokens of the fullest expert rank over the mean, lately; None: no experts
     num_rebalances: int = 0
     fingerprint: str = ""  # of what decides tokens: replicas with the same one carry on each other's requests
+    num_received: int = 0  # requests that have come over the channel that this goes by; `sessions.py` counts them
 
     @property
     def trouble(self) -> str | None:

@@ -197,17 +197,19 @@ class BodyLimit:
 
 
 class InTurn:
-    """When there are many requests, their tenants take turns: to come in, and to be worked on once the body is here."""
+    """When there are many requests, their tenants take turns: to come in, and to be worked on once the body is here.
+
+    Only what makes work: whoever looks after the server does not wait behind it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-
         tenant = Call.of(scope).caller.id
 
         async def in_turn() -> Message:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qwen_ray.cluster.channel import Channel
@@ -34,21 +35,21 @@ class Sessions:
         self._abort = abort
         self._status = status
         self._answer = answer
-        self._channels: set[Channel[Any]] = set()
+        self._channels: dict[Channel[Any], int] = {}  # and how many requests each has brought
         self._owners: dict[str, Channel[Any]] = {}
         self._released = asyncio.Event()
         self._answering: set[asyncio.Task[None]] = set()
 
     async def handle(self, channel: Channel[Any]) -> None:
         """One ingress, from its first message to its last. A Listener's handler."""
-        self._channels.add(channel)
+        self._channels[channel] = 0
         self._released.clear()
         try:
             channel.send(self._status())
             async for message in channel:
                 self._take(channel, message)
         finally:
-            self._channels.discard(channel)
+            del self._channels[channel]
             if not self._channels:
                 self._released.set()
             orphans = [request_id for request_id, owner in self._owners.items() if owner is channel]
@@ -78,11 +79,12 @@ class Sessions:
 
     def push(self, status: ReplicaStatus) -> None:
         for channel in tuple(self._channels):
-            self._send(channel, status)
+            self._send(channel, replace(status, num_received=self._channels[channel]))
 
     def _take(self, channel: Channel[Any], message: object) -> None:
         match message:
             case Submit():
+                self._channels[channel] += len(message.requests)
                 for request in message.requests:
                     self._submit(channel, request)
             case Abort():

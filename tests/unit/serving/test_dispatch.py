@@ -67,9 +67,7 @@ async def test_the_least_loaded_replica_gets_the_next_request(pair: Any) -> None
     for replica in pair.replicas:
         replica.ranks.seconds = 0.005
     await asyncio.gather(*(ask(pair, max_tokens=30) for _ in range(8)))
-    counts = [len(replica.requests) for replica in pair.replicas]
-    assert sum(counts) == 8
-    assert max(counts) <= 5  # one may be on its way to a replica while that says how it is
+    assert [len(replica.requests) for replica in pair.replicas] == [4, 4]
 
 
 @pytest.mark.parametrize("stream", [True, False])

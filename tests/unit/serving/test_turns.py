@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.types import Message, Receive, Scope, Send
+
+from qwen_ray.serving.call import SCOPE_KEY, Call
+from qwen_ray.serving.middleware import InTurn
 from qwen_ray.serving.turns import Turns
 
 
@@ -54,3 +58,27 @@ async def test_who_gives_up_holds_nobody_up() -> None:
     turns = Turns()
     assert await in_order(turns, "abcabc", cancelled=frozenset({1, 2, 4})) == "aac"
     assert await in_order(turns, "ab") == "ab"
+
+
+async def test_whoever_looks_after_the_server_waits_for_nobody() -> None:
+    order: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        order.append(scope["method"])
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    in_turn = InTurn(app)
+
+    async def ask(method: str) -> None:
+        scope = {"type": "http", "method": method, SCOPE_KEY: Call(method=method, path="/")}
+        await in_turn(scope, receive, send)
+
+    await asyncio.gather(*(ask("POST") for _ in range(50)), ask("GET"))
+    assert order.index("GET") <= 1
+    assert len(order) == 51
