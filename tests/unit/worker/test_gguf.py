@@ -18,13 +18,15 @@ from tiny_models import LLAMA, QWEN2, load_shard, random_tensors, to_gguf_name, 
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig, RopeConfig
 from qwen_ray.core.plan import ParallelPlan, Span
+from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
 from qwen_ray.planner.family import lookup
-from qwen_ray.worker.gguf import FIELDS, open_gguf, to_hf_name
+from qwen_ray.worker.gguf import FIELDS, decoder, open_gguf, to_hf_name
 from qwen_ray.worker.stored import BlockLayout
 from qwen_ray.worker.weights import open_checkpoint
 
 ROWS, COLUMNS = 24, 1024
-PLAIN = [GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1]
+PLAIN = [GgmlType.F32, GgmlType.F16, GgmlType.BF16]
+SMALL = [GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1]
 # Where the half floats of a block lie.
 K_QUANTS = {
     GgmlType.Q2_K: slice(80, 84),
@@ -33,8 +35,10 @@ K_QUANTS = {
     GgmlType.Q5_K: slice(0, 4),
     GgmlType.Q6_K: slice(208, 210),
 }
+HALVES = {kind: slice(0, 4 if kind.name.endswith("_1") else 2) for kind in SMALL} | K_QUANTS
 READ = os.preadv
 PLANS = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 3), (2, 2)]
+LIBRARIES = [opened for v in VARIANTS if v.needs <= processor_flags() and (opened := open_library(v))]
 
 
 def encoded(kind: GgmlType) -> np.ndarray:
@@ -62,7 +66,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: GgmlType | N
     return path
 
 
-@pytest.fixture(scope="module", params=[*PLAIN, *K_QUANTS], ids=lambda kind: kind.name)
+@pytest.fixture(scope="module", params=[*PLAIN, *SMALL, *K_QUANTS], ids=lambda kind: kind.name)
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, int]:
     data = encoded(request.param)
     path = tmp_path_factory.mktemp("gguf") / "matrix.gguf"
@@ -71,6 +75,18 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert whole.isfinite().all()
     assert whole.std() > 0
     return path, whole, request.param
+
+
+@pytest.mark.parametrize("kernels", [None, *LIBRARIES], ids=lambda kernels: kernels.name if kernels else "package")
+@pytest.mark.parametrize("kind", [*SMALL, *K_QUANTS], ids=lambda kind: kind.name)
+def test_any_bytes_are_decoded_as_by_the_package_to_the_last_bit(kind: GgmlType, kernels: Library | None) -> None:
+    random = np.random.default_rng(kind.value)
+    blocks = random.integers(0, 256, (77, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    halves = blocks[:, HALVES[kind]]
+    signed = random.uniform(-2, 2, (len(blocks), halves.shape[1] // 2)) * 10.0 ** -random.integers(0, 8, (77, 1))
+    halves[:] = signed.astype(np.float16).view(np.uint8)  # the least are subnormal
+    expected = gguf.dequantize(blocks.reshape(1, -1), kind).reshape(-1)
+    assert torch.equal(decoder(kind, kernels)(bytearray(blocks.tobytes())), torch.from_numpy(expected))
 
 
 def spans(size: int, unit: int = 1) -> st.SearchStrategy[Span]:
