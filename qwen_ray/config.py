@@ -122,8 +122,10 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         default="auto", description="of the computation; fp8 (weights) can be planned with, not served"
     )
-    quantization: Quantization = Field(
-        default="none", description="of weights, as they are read: int8 (each row), int4 (each 32 of a row); CPU only"
+    quantization: Literal["auto"] | Quantization = Field(
+        default="auto",
+        description="of weights: int8 (each row) or int4 (each 32 of a row), rounded as they are read, CPU only; none; "
+        "auto: 4 bits that the checkpoint has stay so where they can be computed with",
     )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     plan: Literal["auto"] | PlanSettings = "auto"

@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen_ray.config import ModelSettings, PlanSettings, Settings
 from qwen_ray.core.errors import SettingsError
 from qwen_ray.core.hardware import Hardware
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, Quantization
 from qwen_ray.planner.candidate import PlanRequest, Slo
 from qwen_ray.planner.experts import ExpertLoadFile
 
@@ -35,15 +35,15 @@ def plan_request(
             "models.0.dtype: fp8 can be planned with, not served; serve with bfloat16.", field="models.0.dtype"
         )
     _refuse_experts_of_none(model, config)
-    _refuse_quantization(model, config, hardware)
+    quantization = _quantization(model, config, hardware)
     degrees = model.plan if isinstance(model.plan, PlanSettings) else PlanSettings()
     engine = settings.engine
     return PlanRequest(
         config=config,
         hardware=hardware,
         model=model.name,
-        dtype=None if model.dtype == "auto" else model.dtype,
-        quantization=model.quantization,
+        dtype=_dtype(model, config, quantization),
+        quantization=quantization,
         tp=degrees.tp,
         pp=degrees.pp,
         dp=dp,
@@ -76,10 +76,9 @@ def _refuse_experts_of_none(model: ModelSettings, config: ModelConfig) -> None:
             raise SettingsError(f"{field}: {model.name} has no experts (got {value!s}).", field=field)
 
 
-def _refuse_quantization(model: ModelSettings, config: ModelConfig, hardware: Hardware) -> None:
-    """Where there are no kernels for weights in 8 or 4 bits."""
-    if model.quantization == "none":
-        return
+def _quantization(model: ModelSettings, config: ModelConfig, hardware: Hardware) -> Quantization:
+    """What was asked for; `auto` is int4 for a checkpoint whose 4 bits can stay as they are. Raises SettingsError where
+    there are no kernels for weights in 8 or 4 bits."""
     reason = None
     if any(node.device.kind == "cuda" for node in hardware.nodes):
         reason = "is for CPUs, and there are GPUs, which would be used; leave it out"
@@ -87,9 +86,19 @@ def _refuse_quantization(model: ModelSettings, config: ModelConfig, hardware: Ha
         reason = "and dtype fp8 exclude each other; compute in bfloat16"
     elif config.moe:
         reason = "is for dense models, and this is a mixture of experts; leave it out"
-    if reason:
+    if model.quantization == "auto":
+        return "int4" if reason is None and config.packed is not None and config.packed.is_kept else "none"
+    if model.quantization != "none" and reason is not None:
         field = "models.0.quantization"
         raise SettingsError(f"{field}: {model.quantization} {reason}.", field=field)
+    return model.quantization
+
+
+def _dtype(model: ModelSettings, config: ModelConfig, quantization: Quantization) -> str | None:
+    """None: the checkpoint's own. Kernels for few bits compute in float32 or bfloat16."""
+    if model.dtype == "auto":
+        return "bfloat16" if quantization != "none" and config.dtype == "float16" else None
+    return model.dtype
 
 
 def _read_expert_load(file: Path, config: ModelConfig) -> tuple[tuple[float, ...], ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qwen_ray.core.errors import CheckpointError
+from qwen_ray.core.packed_format import PackedFormat, packed_format
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 RopeKind = Literal["default", "llama3", "yarn", "linear"]
@@ -62,6 +63,7 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
     dtype: str = "bfloat16"  # the checkpoint's own
+    packed: PackedFormat | None = None  # the checkpoint's matrices, if they are not all of `dtype`
     moe: MoeConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -91,6 +93,7 @@ class ModelConfig:
             qkv_bias=bool(raw.get("attention_bias", raw.get("qkv_bias", kind in ("qwen2", "qwen2_moe")))),
             qk_norm=kind in ("qwen3", "qwen3_moe"),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."),
+            packed=packed_format(raw["quantization_config"], source) if raw.get("quantization_config") else None,
             moe=_moe(raw, source) if kind.endswith("_moe") else None,
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=token_ids(raw.get("eos_token_id")),
@@ -169,9 +172,6 @@ def _refuse_unknown_features(raw: Mapping[str, Any], source: str) -> None:
         raise CheckpointError(f"{source}: attention_bias is true; output projections with a bias are not served.")
     if raw.get("use_sliding_window"):
         raise CheckpointError(f"{source}: use_sliding_window is true; sliding-window attention is not served.")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{source}: quantization_config ({method!r}) is not served; use an unquantized model.")
 
 
 def _rope(raw: Mapping[str, Any], source: str) -> RopeConfig:

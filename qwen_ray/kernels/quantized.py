@@ -29,7 +29,7 @@ class PackedWeight:
     size: int  # in
     group: int  # 4 bits: one of GROUPS; 8 bits: 0
     values: torch.Tensor  # [out, bytes of a row] uint8
-    scales: torch.Tensor  # 8 bits: [out] float32; 4 bits: [out, groups of a packed row] bfloat16
+    scales: torch.Tensor  # 8 bits: [out] float32; 4 bits: [out, groups of a packed row] float16
     least: torch.Tensor | None  # 8 bits: None; 4 bits: as the scales
 
     @property
@@ -50,6 +50,19 @@ class PackedWeight:
         return replace(self, values=self.values[which], scales=self.scales[which], least=least)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FourBits:
+    """Rows of a matrix that are in 4 bits already: weight j of a row is least + value * scale, those of j // GROUP."""
+
+    values: torch.Tensor  # [n, in] uint8, up to 15
+    scales: torch.Tensor  # [n, in / GROUP, rounded up] float16
+    least: torch.Tensor  # as the scales
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.values, self.scales, self.least))
+
+
 def make_room(bits: int, out_size: int, size: int, group: int = GROUP) -> PackedWeight:
     """For a matrix that `store` will fill. Raises ValueError for a group of 4-bit weights that is not one of GROUPS."""
     if bits == 4 and group not in GROUPS:
@@ -58,7 +71,7 @@ def make_room(bits: int, out_size: int, size: int, group: int = GROUP) -> Packed
     values = torch.empty(out_size, held * bits // 8, dtype=torch.uint8)
     if bits == 8:
         return PackedWeight(bits=8, size=size, group=0, values=values, scales=torch.empty(out_size), least=None)
-    scales, least = (torch.empty(out_size, held // group, dtype=torch.bfloat16) for _ in range(2))
+    scales, least = (torch.empty(out_size, held // group, dtype=torch.float16) for _ in range(2))
     return PackedWeight(bits=4, size=size, group=group, values=values, scales=scales, least=least)
 
 
@@ -94,8 +107,23 @@ def _round_to_4(weight: torch.Tensor, to: PackedWeight) -> None:
     to.scales.copy_((most - least) / 15)
     scales = to.scales.float()
     steps = (groups - to.least.float()[..., None]) / torch.where(scales > 0, scales, 1.0)[..., None]
-    values = steps.round_().clamp_(0, 15).to(torch.uint8).reshape(weight.shape[0], -1, 2, STEPS[4] // 2)
-    to.values.copy_((values[:, :, 0] | values[:, :, 1] << 4).flatten(1))
+    to.values.copy_(_in_halves(steps.round_().clamp_(0, 15).to(torch.uint8).flatten(1)))
+
+
+def _in_halves(values: torch.Tensor) -> torch.Tensor:
+    """[n, whole steps] of up to 15, two to a byte."""
+    halves = values.unflatten(1, (-1, 2, STEPS[4] // 2))
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+
+
+def store_as_they_are(packed: PackedWeight, start: int, part: FourBits) -> None:
+    """`part` [n, in] becomes the rows of `packed`, 4 bits by GROUP, from `start` on: nothing is rounded."""
+    assert packed.least is not None, "4 bits have it"
+    own = slice(start, start + part.values.shape[0])
+    for to, scales in ((packed.scales, part.scales), (packed.least, part.least)):
+        to[own].zero_()
+        to[own, : scales.shape[1]] = scales
+    packed.values[own] = _in_halves(F.pad(part.values, (0, -part.values.shape[1] % STEPS[4])))
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int = GROUP) -> PackedWeight:

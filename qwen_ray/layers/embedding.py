@@ -29,7 +29,7 @@ class VocabMatrix(Matrix):
         at_once = max(1, len(self.span)) if self.packed is None else ROWS_AT_ONCE
         for start in range(self.span.start, self.span.stop, at_once):
             piece = Span(start, min(start + at_once, self.span.stop))
-            self.take(start - self.span.start, checkpoint.read(f"{prefix}.weight", self._shape, rows=piece))
+            self.take(start - self.span.start, checkpoint, f"{prefix}.weight", self._shape, rows=piece)
 
 
 class Embedding(VocabMatrix):

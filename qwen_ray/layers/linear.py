@@ -36,7 +36,7 @@ class ColumnParallelLinear(Matrix):
         """`prefix` is the module that holds the parts: `model.layers.0.mlp`."""
         start = 0
         for name, (size, span) in self._parts.items():
-            self.take(start, checkpoint.read(f"{prefix}.{name}.weight", (size, self._in_size), rows=span))
+            self.take(start, checkpoint, f"{prefix}.{name}.weight", (size, self._in_size), rows=span)
             if self.bias is not None:
                 own = slice(start, start + len(span))
                 self.bias[own].copy_(checkpoint.read(f"{prefix}.{name}.bias", (size,), rows=span))
@@ -62,7 +62,7 @@ class RowParallelLinear(Matrix):
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         """`prefix` is this projection: `model.layers.0.mlp.down_proj`."""
-        self.take(0, checkpoint.read(f"{prefix}.weight", self._shape, columns=self._span))
+        self.take(0, checkpoint, f"{prefix}.weight", self._shape, columns=self._span)
 
 
 class ReplicatedLinear(nn.Module):

@@ -1,8 +1,8 @@
 """A matrix on this rank: as the checkpoint has it, or rounded to 8 or 4 bits while it is read.
 
-Knows how it is held, filled and multiplied, and which matrices get how many bits. What its rows and columns are, and
-where the others lie, is said by what inherits from it. Every rank rounds its own part by itself, always alike: groups
-of 4-bit weights begin with the part's first column.
+What the checkpoint has in 4 bits stays as it is there. Knows how a matrix is held, filled and multiplied, and which
+matrices get how many bits. What its rows and columns are, and where the others lie, is said by what inherits from it.
+Every rank rounds its own part by itself, always alike: groups of 4-bit weights begin with the part's first column.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qwen_ray.core.plan import Span
 from qwen_ray.kernels import quantized
 from qwen_ray.kernels.quantized import PackedWeight
+from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.site import Site, weight
 
 
@@ -58,9 +60,26 @@ class Matrix(nn.Module):
             return F.embedding(rows, held)
         return quantized.look_up(held, rows).to(self._dtype)
 
-    def take(self, start: int, part: torch.Tensor) -> None:
-        """`part` [n, in] becomes the rows from `start` on."""
-        if self.packed is not None:
-            quantized.store(self.packed, start, part)
-        elif self.weight is not None:
-            self.weight[start : start + part.shape[0]].copy_(part)
+    def take(
+        self,
+        start: int,
+        checkpoint: Checkpoint,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        rows: Span | None = None,
+        columns: Span | None = None,
+    ) -> None:
+        """That part of the checkpoint's tensor becomes the rows from `start` on."""
+        if self.packed is None:
+            part = checkpoint.read(name, shape, rows=rows, columns=columns)
+            if self.weight is not None:
+                self.weight[start : start + part.shape[0]].copy_(part)
+            return
+        four_bits = (
+            checkpoint.read_four_bits(name, shape, rows=rows, columns=columns) if self.packed.bits == 4 else None
+        )
+        if four_bits is not None:
+            quantized.store_as_they_are(self.packed, start, four_bits)
+        else:
+            quantized.store(self.packed, start, checkpoint.read(name, shape, rows=rows, columns=columns))

@@ -16,6 +16,7 @@ import torch
 
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.plan import Span
+from qwen_ray.kernels.quantized import FourBits
 
 PIECE_BYTES = 512 * 1024  # of the file, decoded at once: small enough for the processor's cache
 
@@ -70,7 +71,8 @@ class StoredTensor:
 
     `decode` makes a flat float tensor of whole blocks. It must not mind zeros in place of bytes that are not needed.
     `name` is the tensor's own name in `path`, `offset` its first byte. `paired_head_dim`: rows of a head lie as
-    (0, d/2, 1, d/2 + 1, …) in place of (0, 1, 2, …), as llama.cpp stores Q and K of Llama.
+    (0, d/2, 1, d/2 + 1, …) in place of (0, 1, 2, …), as llama.cpp stores Q and K of Llama. `part_dtype`: the name of a
+    dtype whose numbers are no weights by themselves.
     """
 
     name: str
@@ -80,6 +82,7 @@ class StoredTensor:
     block: BlockLayout
     decode: Callable[[bytearray], torch.Tensor]
     paired_head_dim: int | None = None
+    part_dtype: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -121,6 +124,10 @@ class StoredTensor:
         if self.paired_head_dim is not None:
             out = _unpair(out, rows, self.paired_head_dim)
         return out if len(self.shape) == 2 else out[0], len(rows) * sum(map(len, needed))
+
+    def read_four_bits(self, rows: Span | None, columns: Span | None) -> tuple[FourBits | None, int]:
+        """None: it is in no 4 bits, or in some that are not kept."""
+        return None, 0
 
     def _read_rows(self, descriptor: int, rows: Span, covering: Span, needed: list[Span]) -> bytearray:
         """The bytes `covering` of each row, those `needed` of them read and the others zero."""

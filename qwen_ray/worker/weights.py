@@ -19,7 +19,9 @@ import torch
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import Span
+from qwen_ray.kernels.quantized import FourBits
 from qwen_ray.worker.gguf import open_gguf
+from qwen_ray.worker.packed import Stored, put_together
 from qwen_ray.worker.stacked import unstacked
 from qwen_ray.worker.stored import BlockLayout, StoredTensor
 
@@ -27,6 +29,8 @@ CPU = torch.device("cpu")
 DUMMY_STD = 0.02
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of what is a weight only together with other tensors; see `packed.py`.
+PACKED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 TOP_LEVEL_NAMES = frozenset({"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"})
 EXPERT_NAME = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 # Tensors that old checkpoints carry and nobody needs: they follow from the config.
@@ -41,6 +45,10 @@ class CountedCheckpoint(Protocol):
     def read(
         self, name: str, shape: tuple[int, ...], *, rows: Span | None = None, columns: Span | None = None
     ) -> torch.Tensor: ...
+
+    def read_four_bits(
+        self, name: str, shape: tuple[int, ...], *, rows: Span | None = None, columns: Span | None = None
+    ) -> FourBits | None: ...
 
     def check_extra(self, layers: Span) -> None:
         """After a rank with `layers` has loaded. Raises CheckpointError for tensors that no rank of the model asks for.
@@ -69,7 +77,7 @@ def open_checkpoint(
     if is_gguf and not path.is_file():
         raise CheckpointError(f"{path}: a GGUF checkpoint must be one file; there is none.")
     stored = open_gguf(path, config) if is_gguf else with_head_names(open_safetensors(path))
-    return FileCheckpoint(unstacked(stored), path, config, dtype, on_read)
+    return FileCheckpoint(put_together(unstacked(stored), config.packed), path, config, dtype, on_read)
 
 
 def with_head_names(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -84,7 +92,7 @@ class FileCheckpoint:
 
     def __init__(
         self,
-        stored: Mapping[str, StoredTensor],
+        stored: Mapping[str, Stored],
         path: Path,
         config: ModelConfig,
         dtype: torch.dtype,
@@ -101,6 +109,21 @@ class FileCheckpoint:
     def read(
         self, name: str, shape: tuple[int, ...], *, rows: Span | None = None, columns: Span | None = None
     ) -> torch.Tensor:
+        part, num_bytes = self._found(name, shape).read(rows, columns, self._dtype)
+        self.bytes_read += num_bytes
+        self._on_read(part.nbytes)
+        return part
+
+    def read_four_bits(
+        self, name: str, shape: tuple[int, ...], *, rows: Span | None = None, columns: Span | None = None
+    ) -> FourBits | None:
+        part, num_bytes = self._found(name, shape).read_four_bits(rows, columns)
+        self.bytes_read += num_bytes
+        if part is not None:
+            self._on_read(part.values.numel() * self._dtype.itemsize)
+        return part
+
+    def _found(self, name: str, shape: tuple[int, ...]) -> Stored:
         stored = self._stored.get(name)
         if stored is None:
             raise CheckpointError(f"{self._path}: tensor {name} is missing; expected shape {shape}, found none.")
@@ -109,10 +132,7 @@ class FileCheckpoint:
                 f"{stored.path}: tensor {name} has the wrong shape; expected {shape}, found {stored.shape}."
             )
         self._asked.add(name)
-        part, num_bytes = stored.read(rows, columns, self._dtype)
-        self.bytes_read += num_bytes
-        self._on_read(part.nbytes)
-        return part
+        return stored
 
     def check_extra(self, layers: Span) -> None:
         extra = [name for name in self._stored if self._is_extra(name, layers)]
@@ -125,7 +145,7 @@ class FileCheckpoint:
             )
 
     def _is_extra(self, name: str, layers: Span) -> bool:
-        if name in self._asked or name.endswith(HARMLESS_SUFFIX):
+        if name in self._asked or name.endswith(HARMLESS_SUFFIX) or self._is_idle_bias(name):
             return False
         match = re.match(r"model\.layers\.(\d+)\.", name)
         if match is None:
@@ -135,6 +155,12 @@ class FileCheckpoint:
         if expert and moe and self._config.is_sparse(layer) and int(expert[1]) < moe.num_experts:
             return False
         return layer in layers or layer >= self._config.num_hidden_layers
+
+    def _is_idle_bias(self, name: str) -> bool:
+        """GPTQ's tools give every matrix a bias, of zeros where the model has none."""
+        if self._config.packed is None or not name.endswith(".bias"):
+            return False
+        return not self._stored[name].read(None, None, torch.float32)[0].any()
 
 
 class DummyCheckpoint:
@@ -159,6 +185,11 @@ class DummyCheckpoint:
             part.normal_(0.0, DUMMY_STD, generator=generator)
         self._on_read(part.nbytes)
         return part
+
+    def read_four_bits(
+        self, name: str, shape: tuple[int, ...], *, rows: Span | None = None, columns: Span | None = None
+    ) -> None:
+        return None
 
     def check_extra(self, layers: Span) -> None:
         pass
@@ -224,7 +255,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(file: Path, name: str, entry: dict[str, Any], data_start: int, data_bytes: int) -> StoredTensor:
-    dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+    dtype = {**SAFETENSORS_DTYPES, **PACKED_DTYPES}.get(entry["dtype"])
     if dtype is None:
         raise CheckpointError(
             f"{file}: tensor {name} has dtype {entry['dtype']}; read are {', '.join(SAFETENSORS_DTYPES)}."
@@ -242,5 +273,6 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data_start: int, data_
         offset=data_start + start,
         shape=shape,
         block=BlockLayout(size=1, num_bytes=dtype.itemsize),
+        part_dtype=entry["dtype"] if entry["dtype"] in PACKED_DTYPES else None,
         decode=lambda data: torch.frombuffer(data, dtype=dtype),
     )

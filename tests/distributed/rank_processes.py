@@ -117,6 +117,9 @@ class Tensors:
             tensor = tensor[:, columns.start : columns.stop]
         return tensor.clone()
 
+    def read_four_bits(self, *_asked: object, **_cut: object) -> None:
+        return None
+
 
 Chunks = list[tuple[int, int, int]]  # (sequence, start, count)
 Steps = list[tuple[Chunks, list[int]]]  # and the rows that want logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from qwen_ray.config import load_settings
 from qwen_ray.core.errors import SettingsError
 from qwen_ray.core.hardware import Hardware
+from qwen_ray.core.packed_format import PackedFormat
 from qwen_ray.planner.candidate import PlanRequest
 from qwen_ray.planner.family import lookup
 from qwen_ray.planner.search import plan
@@ -68,6 +70,29 @@ def test_quantization_that_nothing_computes_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=rf"models\.0\.quantization: int4 {reason}"):
         asked(model, {"quantization": "int4", **flags}, only_plan=True, hardware=hardware)
+
+
+@pytest.mark.parametrize(
+    ("packed", "hardware", "expected"),
+    [
+        (PackedFormat(method="awq", bits=4, group=128), "1xcpu-64G", ("int4", "bfloat16")),
+        (PackedFormat(method="gptq", bits=4), "1xcpu-64G", ("int4", "bfloat16")),
+        (PackedFormat(method="gptq", bits=4, group=16), "1xcpu-64G", ("none", None)),
+        (PackedFormat(method="gptq", bits=4, group=128, in_order=False), "1xcpu-64G", ("none", None)),
+        (PackedFormat(method="gptq", bits=8, group=128), "1xcpu-64G", ("none", None)),
+        (PackedFormat(method="awq", bits=4, group=128), "1xH100-80G", ("none", None)),
+        (None, "1xcpu-64G", ("none", None)),
+    ],
+)
+def test_4_bits_of_a_checkpoint_stay_where_they_can(
+    packed: PackedFormat | None, hardware: str, expected: tuple[str, str | None]
+) -> None:
+    config = lookup("Qwen/Qwen2.5-0.5B-Instruct")
+    assert config is not None
+    config = replace(config, packed=packed, dtype="float16")
+    settings = load_settings(None, {"model": "m"}, {})
+    request = plan_request(settings, settings.models[0], config, Hardware.parse(hardware))
+    assert (request.quantization, request.dtype) == expected
 
 
 def test_fp8_is_only_planned_with() -> None:

@@ -3,23 +3,15 @@
 // A type is the layout of a block, as ggml-common.h of llama.cpp gives it, and `widen`, which gives its SIZE values in
 // order. Every product here is exact in float32 (11 bits of a half float, at most 7 of a scale, 6 of a value), so only
 // adding a least value rounds, once, in whatever order it is computed.
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
 namespace {
-
-struct Half {
-    uint16_t bits;
-    operator float() const { return _cvtsh_ss(bits); }
-};
 
 // --- 32 values --------------------------------------------------------------------------------------------------------
 
 struct Q8_0 {
     static constexpr int SIZE = 32;
-    Half scale;
+    fp16 scale;
     int8_t values[32];
 
     void widen(float* to) const {
@@ -30,7 +22,7 @@ struct Q8_0 {
 
 struct Q4_0 {
     static constexpr int SIZE = 32;
-    Half scale;
+    fp16 scale;
     uint8_t halves[16];
 
     void widen(float* to) const {
@@ -42,7 +34,7 @@ struct Q4_0 {
 
 struct Q4_1 {
     static constexpr int SIZE = 32;
-    Half scale, least;
+    fp16 scale, least;
     uint8_t halves[16];
 
     void widen(float* to) const {
@@ -57,7 +49,7 @@ inline int fifth(uint32_t bits, int i) { return (bits >> i & 1) << 4; }
 
 struct Q5_0 {
     static constexpr int SIZE = 32;
-    Half scale;
+    fp16 scale;
     uint8_t high[4], halves[16];
 
     void widen(float* to) const {
@@ -71,7 +63,7 @@ struct Q5_0 {
 
 struct Q5_1 {
     static constexpr int SIZE = 32;
-    Half scale, least;
+    fp16 scale, least;
     uint8_t high[4], halves[16];
 
     void widen(float* to) const {
@@ -88,7 +80,7 @@ struct Q5_1 {
 struct Q2_K {
     static constexpr int SIZE = 256;
     uint8_t scales[16], quarters[64];  // low half: a part's scale, high half: its least value
-    Half scale, least;
+    fp16 scale, least;
 
     void widen(float* to) const {
         float d = scale, m = least;
@@ -104,7 +96,7 @@ struct Q2_K {
 struct Q3_K {
     static constexpr int SIZE = 256;
     uint8_t high[32], quarters[64], scales[12];
-    Half scale;
+    fp16 scale;
 
     // 6 bits and an offset of 32: four in the halves of the first 8 bytes, two in the last 4.
     int part_scale(int part) const {
@@ -137,7 +129,7 @@ struct PartScales {
 
 struct Q4_K {
     static constexpr int SIZE = 256;
-    Half scale, least;
+    fp16 scale, least;
     PartScales parts;
     uint8_t halves[128];
 
@@ -153,7 +145,7 @@ struct Q4_K {
 
 struct Q5_K {
     static constexpr int SIZE = 256;
-    Half scale, least;
+    fp16 scale, least;
     PartScales parts;
     uint8_t high[32], halves[128];
 
@@ -171,7 +163,7 @@ struct Q6_K {
     static constexpr int SIZE = 256;
     uint8_t halves[128], quarters[64];
     int8_t scales[16];
-    Half scale;
+    fp16 scale;
 
     void widen(float* to) const {
         float d = scale;

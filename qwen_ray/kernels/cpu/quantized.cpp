@@ -5,10 +5,6 @@
 // meet the scales. Rows of weights and of x are as independent of each other as in `tile.h`.
 #include <memory>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "team.h"
 #include "tile.h"
 
@@ -133,20 +129,20 @@ struct Weights {
     const uint8_t* values;
     int64_t row_bytes;
     const void* scales;
-    const bf16* least;
+    const fp16* least;  // the scales are fp16 as well, where there are such
     int group;  // 0: 8 bits
 
     // Scales of 128 weights of a row in 4 bits, for the lanes of their first and of their second 64.
     void scales_of(int64_t row, int64_t block, f32x16 (&to)[2]) const {
-        const uint16_t* from = (const uint16_t*)scales + (row * (row_bytes / 64) + block) * (128 / group);
-        auto at = [&](int i) { return (f32x16)((u32x16{} + from[i]) << 16); };
+        const fp16* from = (const fp16*)scales + (row * (row_bytes / 64) + block) * (128 / group);
         if (group == 128) {
-            to[0] = to[1] = at(0);
+            to[0] = to[1] = fill(from[0]);
         } else if (group == 64) {
-            to[0] = at(0), to[1] = at(1);
+            to[0] = fill(from[0]), to[1] = fill(from[1]);
         } else {
-            to[0] = SHUFFLE(at(0), at(1), 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-            to[1] = SHUFFLE(at(2), at(3), 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+            f32x16 four = load_up_to_16(from, 4);
+            to[0] = SHUFFLE(four, four, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            to[1] = SHUFFLE(four, four, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
         }
     }
 };
@@ -258,7 +254,7 @@ inline void rows(const Weights& w, int64_t row, const X& x, int64_t num_columns,
 
 template <class X, class T>
 void multiply_rounded(const T* x, int64_t x_stride, const Matrix& matrix, T* out, int64_t num_rows) {
-    Weights w{(const uint8_t*)matrix.values, matrix.row_bytes, matrix.scales, (const bf16*)matrix.least, matrix.group};
+    Weights w{(const uint8_t*)matrix.values, matrix.row_bytes, matrix.scales, (const fp16*)matrix.least, matrix.group};
     const T* bias = (const T*)matrix.bias;
     int64_t size = matrix.size, out_size = matrix.out_size;
     int64_t num_steps = w.row_bytes * (w.group ? 2 : 1) / GROUP;

@@ -7,6 +7,8 @@
 // alone, never on how many others are computed with it, nor on the machine.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -17,6 +19,11 @@ using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 struct bf16 {
     uint16_t bits;
+};
+
+struct fp16 {
+    uint16_t bits;
+    operator float() const { return _cvtsh_ss(bits); }
 };
 
 struct alignas(64) Line {  // of a cache: memory that is made of lines is read by whole vectors
@@ -69,6 +76,21 @@ struct Row<bf16> {
         u32x16 both = load<u32x16>(from);
         to[0] = (f32x16)(both << 16);
         to[1] = (f32x16)(both & 0xffff0000);
+    }
+};
+
+template <>
+struct Row<fp16> {
+    static f32x16 load16(const fp16* from) {
+#if defined(__AVX512F__)
+        return (f32x16)_mm512_cvtph_ps(load<__m256i>(from));
+#else
+        union {
+            __m256 halves[2];
+            f32x16 v;
+        } wide = {{_mm256_cvtph_ps(load<__m128i>(from)), _mm256_cvtph_ps(load<__m128i>(from + 8))}};
+        return wide.v;
+#endif
     }
 };
 

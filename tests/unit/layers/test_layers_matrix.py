@@ -51,6 +51,9 @@ class Whole:
         found = found if rows is None else found[rows.start : rows.stop]
         return (found if columns is None else found[:, columns.start : columns.stop]).clone()
 
+    def read_four_bits(self, *_asked: object, **_cut: object) -> None:
+        return None
+
 
 def site(quantization: Quantization, shard: Shard | None = None, dtype: torch.dtype = torch.float32) -> Site:
     shard = shard or ParallelPlan.of(CONFIG).shard(CONFIG, 0)

@@ -1,0 +1,157 @@
+"""Checkpoints in few bits: rectangles against whole matrices, and models against those that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_forms import CONFIGS, FORMS, KEPT, packed_model
+from safetensors.torch import save_file
+from tiny_models import QWEN2, load_shard, random_tensors, write_safetensors
+
+from qwen_ray.core.errors import CheckpointError
+from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.packed_format import packed_format
+from qwen_ray.core.plan import ParallelPlan, Span
+from qwen_ray.kernels.quantized import dequantize, make_room, store_as_they_are
+from qwen_ray.worker.weights import FileCheckpoint, open_checkpoint
+
+ROWS, COLUMNS = 48, 192
+NAME, SHAPE = "model.layers.0.mlp.up_proj.weight", (ROWS, COLUMNS)
+
+
+def config(form: str) -> ModelConfig:
+    return replace(QWEN2, packed=packed_format(CONFIGS[form], "config.json"))
+
+
+def opened(path: Path, form: str, dtype: torch.dtype = torch.float32) -> FileCheckpoint:
+    checkpoint = open_checkpoint(path, config(form), dtype)
+    assert isinstance(checkpoint, FileCheckpoint)
+    return checkpoint
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, torch.Tensor]:
+    path = tmp_path_factory.mktemp("packed")
+    parts, whole = FORMS[request.param](ROWS, COLUMNS, 7)
+    save_file({NAME.removesuffix("weight") + last: part for last, part in parts.items()}, path / "model.safetensors")
+    return request.param, path, whole
+
+
+def spans(size: int, unit: int = 1) -> st.SearchStrategy[Span]:
+    some = st.tuples(st.integers(0, size // unit), st.integers(0, size // unit))
+    return some.map(sorted).map(lambda pair: Span(*pair).scaled(unit))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.none() | spans(ROWS), columns=st.none() | spans(COLUMNS))
+def test_a_rectangle_is_a_part_of_the_whole(
+    matrix: tuple[str, Path, torch.Tensor], rows: Span | None, columns: Span | None
+) -> None:
+    form, path, whole = matrix
+    part = opened(path, form).read(NAME, SHAPE, rows=rows, columns=columns)
+    rows, columns = rows or Span(0, ROWS if rows is None else 0), columns or Span(0, COLUMNS if columns is None else 0)
+    torch.testing.assert_close(part, whole[rows.start : rows.stop, columns.start : columns.stop], rtol=0, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=spans(ROWS), columns=spans(COLUMNS) | spans(COLUMNS, 32))
+def test_what_lies_in_4_bits_is_kept_as_it_is(
+    matrix: tuple[str, Path, torch.Tensor], rows: Span, columns: Span
+) -> None:
+    """If groups of 32 columns, from the first one asked for, lie in one group each of the checkpoint's 64."""
+    form, path, whole = matrix
+    part = opened(path, form).read_four_bits(NAME, SHAPE, rows=rows, columns=columns)
+    starts = range(columns.start, columns.stop, 32)
+    ours = (range(start, min(start + 32, columns.stop)) for start in starts)
+    if form not in KEPT or not rows or not columns or any(group[0] // 64 != group[-1] // 64 for group in ours):
+        assert part is None or form == "gptq_act_order"  # a few columns may lie in one group by chance
+        return
+    assert part is not None
+    packed = make_room(4, len(rows), len(columns))
+    store_as_they_are(packed, 0, part)
+    wide = whole[rows.start : rows.stop, columns.start : columns.stop]
+    # The least weight, zero times scale, has 11 bits: of a step the 128th part, at most.
+    steps = part.scales.float().repeat_interleave(32, dim=1)[:, : len(columns)]
+    assert ((dequantize(packed) - wide).abs() <= steps / 128).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tp", [1, 3])
+def test_a_model_is_what_it_stands_for_and_nothing_is_left_over(tmp_path: Path, form: str, tp: int) -> None:
+    stored, wide = packed_model(random_tensors(QWEN2), form)
+    if form.startswith("gptq"):  # as its tools do
+        stored["model.layers.0.mlp.down_proj.bias"] = torch.zeros(QWEN2.hidden_size)
+    path, plain = write_safetensors(tmp_path / "packed", stored), write_safetensors(tmp_path / "plain", wide)
+    for shard in ParallelPlan.of(QWEN2, tp=tp).shards(QWEN2):
+        checkpoint = opened(path, form)
+        model = load_shard(config(form), shard, checkpoint)  # raises where something is left over
+        expected = load_shard(QWEN2, shard, open_checkpoint(plain, QWEN2, torch.float32))
+        for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(one, other), name
+
+
+def test_a_bias_that_matters_is_not_left_out(tmp_path: Path) -> None:
+    stored, _ = packed_model(random_tensors(QWEN2), "gptq")
+    stored["model.layers.0.mlp.down_proj.bias"] = torch.full((QWEN2.hidden_size,), 0.1)
+    checkpoint = opened(write_safetensors(tmp_path / "model", stored), "gptq")
+    (shard,) = ParallelPlan.of(QWEN2).shards(QWEN2)
+    with pytest.raises(CheckpointError, match=r"down_proj\.bias of shape \(64,\) is not part of this model"):
+        load_shard(config("gptq"), shard, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("form", "missing"), [("gptq", "qzeros"), ("awq", "scales"), ("compressed", "weight_shape"), ("fp8", "weight")]
+)
+def test_a_part_that_is_missing_is_named(tmp_path: Path, form: str, missing: str) -> None:
+    stored, _ = packed_model(random_tensors(QWEN2), form)
+    del stored[f"model.layers.1.self_attn.q_proj.{missing}"]
+    path = write_safetensors(tmp_path / "model", stored)
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.1\.self_attn\.q_proj\.{missing} is missing"):
+        opened(path, form)
+
+
+@pytest.mark.parametrize(
+    ("form", "last", "shape"),
+    [
+        ("gptq", "qzeros", (1, 4)),
+        ("gptq", "g_idx", (32,)),
+        ("awq", "qzeros", (2, 8)),
+        ("fp8", "weight_scale_inv", (9, 9)),
+    ],
+)
+def test_a_part_of_another_shape_is_named(tmp_path: Path, form: str, last: str, shape: tuple[int, ...]) -> None:
+    stored, _ = packed_model(random_tensors(QWEN2), form)
+    name = f"model.layers.0.self_attn.q_proj.{last}"
+    stored[name] = torch.zeros(shape, dtype=stored[name].dtype)
+    path = write_safetensors(tmp_path / "model", stored)
+    with pytest.raises(CheckpointError, match=rf"q_proj\.{last} has the wrong shape; expected .*, found \({shape[0]},"):
+        opened(path, form)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; read are gptq, awq, fp8 and compressed"),
+        ({}, "quant_method is None"),
+        ({"quant_method": "gptq", "bits": 3}, "quantization_config.bits is 3; read are 4, 8"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:lm_head": {}}}, "dynamic is"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'; read are 'gemm', 'GEMM'"),
+        ({"quant_method": "fp8"}, "weight_block_size is None; fp8 is read by blocks"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format is 'marlin-24'"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+            "config_groups is {}",
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": "big"}, "group_size is 'big'"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_its_name(raw: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        packed_format(raw, "config.json")
