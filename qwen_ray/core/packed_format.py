@@ -50,18 +50,20 @@ def packed_format(raw: Mapping[str, Any], source: str) -> PackedFormat:
         _one_of(raw, "version", (None, "gemm", "GEMM"), source)
         return PackedFormat(method="awq", bits=4, group=_group(raw, source))
     if method == "fp8":
-        block = raw.get("weight_block_size")
-        if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+        sides: list[Any] = raw.get("weight_block_size") or []
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise CheckpointError(
-                f"{source}: quantization_config.weight_block_size is {block!r}; fp8 is read by blocks, as [128, 128]."
+                f"{source}: quantization_config.weight_block_size is {sides or None!r}; fp8 is read by blocks of two "
+                "sides, as [128, 128]."
             )
-        return PackedFormat(method="fp8", bits=8, block=(block[0], block[1]))
+        return PackedFormat(method="fp8", bits=8, block=(sides[0], sides[1]))
     if method == "compressed-tensors":
         _one_of(raw, "format", ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"), source)
-        groups = raw.get("config_groups")
-        if not isinstance(groups, dict) or len(groups) != 1:
+        groups: Mapping[str, Mapping[str, Any]] = raw.get("config_groups") or {}
+        if len(groups) != 1:
             raise CheckpointError(f"{source}: quantization_config.config_groups is {groups!r}; read is one group.")
-        (weights,) = (group.get("weights") or {} for group in groups.values())
+        (group,) = groups.values()
+        weights: Mapping[str, Any] = group.get("weights") or {}
         _one_of(weights, "num_bits", (4, 8), source)
         return PackedFormat(
             method="compressed-tensors",

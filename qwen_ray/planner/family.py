@@ -1,9 +1,8 @@
 """The Qwen family's architecture facts, so that a plan needs neither network nor checkpoint.
 
 Knows the published sizes (their config.json files and technical reports: Qwen2.5 arXiv 2412.15115, Qwen2 2407.10671,
-Qwen3 2505.09388) under the names that Hugging Face gives them, and the built-in demo model. Knows nothing of
-quantized variants: their weights have other sizes, so `lookup` answers None for them. A model that is served is
-described by its own config.json; these facts only plan.
+Qwen3 2505.09388) under the names that Hugging Face gives them, Qwen's own quantized variants among them, and the
+built-in demo model. A model that is served is described by its own config.json; these facts only plan.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qwen_ray.core.model_config import ModelConfig, MoeConfig, RopeConfig
+from qwen_ray.core.packed_format import PackedFormat
 
 _SMALL_VOCAB, _LARGE_VOCAB = 151936, 152064
 
@@ -173,7 +173,21 @@ def _names() -> dict[str, ModelConfig]:
 FAMILY: dict[str, ModelConfig] = _names()
 
 
+# Qwen's own: what its name ends with, how its matrices lie in the checkpoint, and the dtype of all else.
+_PACKED: dict[str, tuple[PackedFormat, str]] = {
+    "-awq": (PackedFormat(method="awq", bits=4, group=128), "float16"),
+    "-gptq-int4": (PackedFormat(method="gptq", bits=4, zeros_less_one=True, group=128), "float16"),
+    "-gptq-int8": (PackedFormat(method="gptq", bits=8, zeros_less_one=True, group=128), "float16"),
+    "-fp8": (PackedFormat(method="fp8", bits=8, block=(128, 128)), "bfloat16"),
+}
+
+
 def lookup(name: str) -> ModelConfig | None:
     """The facts of `Qwen/Qwen2.5-72B-Instruct`, `qwen3-8b`, `demo`…; None for a name that is not in the table."""
     owner, _, model = name.strip().lower().rpartition("/")
-    return FAMILY.get(model) if owner in ("", "qwen", "huggingfacetb") else None
+    if owner not in ("", "qwen", "huggingfacetb"):
+        return None
+    for suffix, (packed, dtype) in _PACKED.items():
+        if model.endswith(suffix) and (plain := FAMILY.get(model.removesuffix(suffix))):
+            return replace(plain, packed=packed, dtype=dtype)
+    return FAMILY.get(model)

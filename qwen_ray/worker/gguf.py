@@ -21,6 +21,7 @@ from qwen_ray.core.gguf_header import GgufTensor, read_gguf_header
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import Span
 from qwen_ray.kernels.cpu import library
+from qwen_ray.kernels.quantized import FourBits
 from qwen_ray.worker.stored import BlockField, BlockLayout, StoredTensor
 
 PLAIN_TYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
@@ -79,6 +80,48 @@ IN_LAYER = {
 }
 
 
+def _halves(blocks: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """[n, bytes of a block] to [n, count]: the half floats from byte `first` on."""
+    return blocks[:, first : first + 2 * count].contiguous().view(torch.float16)
+
+
+def _low_and_high(halves: torch.Tensor) -> torch.Tensor:
+    """[…, m] bytes to [… 2 m]: all low halves, then all high ones."""
+    return torch.cat((halves & 15, halves >> 4), dim=-1)
+
+
+def _q4_0(data: bytearray) -> FourBits:
+    blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, 18)
+    scales = _halves(blocks, 0, 1)
+    return FourBits(
+        values=_low_and_high(blocks[:, 2:]).view(1, -1), scales=scales.view(1, -1), least=scales.view(1, -1) * -8
+    )
+
+
+def _q4_1(data: bytearray) -> FourBits:
+    blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, 20)
+    scales, least = _halves(blocks, 0, 1), _halves(blocks, 2, 1)
+    return FourBits(values=_low_and_high(blocks[:, 4:]).view(1, -1), scales=scales.view(1, -1), least=least.view(1, -1))
+
+
+def _q4_k(data: bytearray) -> FourBits:
+    """Eight parts of a block have 6 bits of a scale and of a least value, those of the last four in two places."""
+    blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, 144)
+    whole = _halves(blocks, 0, 2).float()
+    first, second, both = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = torch.cat((first & 63, both & 15 | first >> 6 << 4), dim=1) * whole[:, :1]
+    least = torch.cat((second & 63, both >> 4 | second >> 6 << 4), dim=1) * -whole[:, 1:]
+    values = _low_and_high(blocks[:, 16:].reshape(-1, 4, 32))
+    return FourBits(values=values.view(1, -1), scales=scales.half().view(1, -1), least=least.half().view(1, -1))
+
+
+IN_FOUR_BITS: dict[GgmlType, Callable[[bytearray], FourBits]] = {
+    GgmlType.Q4_0: _q4_0,
+    GgmlType.Q4_1: _q4_1,
+    GgmlType.Q4_K: _q4_k,
+}
+
+
 def open_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """Every tensor of the file, experts stacked; one that has no Hugging Face name keeps its own.
 
@@ -131,6 +174,7 @@ def _stored(path: Path, name: str, tensor: GgufTensor, config: ModelConfig) -> S
         block=BlockLayout(size=block_size, num_bytes=block_bytes, fields=FIELDS.get(ggml_type, ())),
         decode=decoder(ggml_type, library.load()),
         paired_head_dim=config.head_dim if is_paired else None,
+        in_four_bits=IN_FOUR_BITS.get(ggml_type),
     )
 
 

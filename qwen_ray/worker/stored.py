@@ -16,7 +16,7 @@ import torch
 
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.plan import Span
-from qwen_ray.kernels.quantized import FourBits
+from qwen_ray.kernels.quantized import GROUP, FourBits
 
 PIECE_BYTES = 512 * 1024  # of the file, decoded at once: small enough for the processor's cache
 
@@ -72,7 +72,8 @@ class StoredTensor:
     `decode` makes a flat float tensor of whole blocks. It must not mind zeros in place of bytes that are not needed.
     `name` is the tensor's own name in `path`, `offset` its first byte. `paired_head_dim`: rows of a head lie as
     (0, d/2, 1, d/2 + 1, …) in place of (0, 1, 2, …), as llama.cpp stores Q and K of Llama. `part_dtype`: the name of a
-    dtype whose numbers are no weights by themselves.
+    dtype whose numbers are no weights by themselves. `in_four_bits` is like `decode`, for what is in 4 bits: one row of
+    whole blocks, whose size GROUP divides.
     """
 
     name: str
@@ -83,6 +84,7 @@ class StoredTensor:
     decode: Callable[[bytearray], torch.Tensor]
     paired_head_dim: int | None = None
     part_dtype: str | None = None
+    in_four_bits: Callable[[bytearray], FourBits] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -113,21 +115,46 @@ class StoredTensor:
         columns = Span(0, num_columns) if columns is None else columns
         if not rows or not columns:  # more ranks than units to cut
             return torch.empty([len(rows), len(columns)][-len(self.shape) :], dtype=dtype), 0
-        needed, blocks = self.block.bytes_needed(columns), self.block.covering(columns)
-        covering, first_column = blocks.scaled(self.block.num_bytes), blocks.start * self.block.size
+        first_column = self.block.covering(columns).start * self.block.size
         cut = slice(columns.start - first_column, columns.stop - first_column)
         out = torch.empty(len(rows), len(columns), dtype=dtype)
-        with self.path.open("rb", buffering=0) as file:
-            for piece in _pieces(rows, max(1, PIECE_BYTES // max(1, len(covering)))):
-                decoded = self.decode(self._read_rows(file.fileno(), piece, covering, needed)).view(len(piece), -1)
-                out[piece.start - rows.start : piece.stop - rows.start] = decoded[:, cut]
+        for piece, data in self._read_pieces(rows, columns):
+            out[piece.start - rows.start : piece.stop - rows.start] = self.decode(data).view(len(piece), -1)[:, cut]
         if self.paired_head_dim is not None:
             out = _unpair(out, rows, self.paired_head_dim)
-        return out if len(self.shape) == 2 else out[0], len(rows) * sum(map(len, needed))
+        return out if len(self.shape) == 2 else out[0], len(rows) * sum(map(len, self.block.bytes_needed(columns)))
 
     def read_four_bits(self, rows: Span | None, columns: Span | None) -> tuple[FourBits | None, int]:
-        """None: it is in no 4 bits, or in some that are not kept."""
-        return None, 0
+        """The same as it lies; None where it is in no 4 bits, or `columns` begin inside of a group."""
+        num_rows, num_columns = self._matrix
+        rows = Span(0, num_rows) if rows is None else rows
+        columns = Span(0, num_columns) if columns is None else columns
+        if self.in_four_bits is None or columns.start % GROUP or not rows or not columns:
+            return None, 0
+        first = self.block.covering(columns).start * self.block.size
+        cut = slice(columns.start - first, columns.stop - first)
+        cut_groups = slice(cut.start // GROUP, -(-cut.stop // GROUP))
+        parts: list[list[torch.Tensor]] = [[], [], []]
+        for piece, data in self._read_pieces(rows, columns):
+            row = self.in_four_bits(data)
+            for part, tensor, own in zip(
+                parts, (row.values, row.scales, row.least), (cut, cut_groups, cut_groups), strict=True
+            ):
+                part.append(tensor.view(len(piece), -1)[:, own])
+        whole = [torch.cat(part) for part in parts]
+        if self.paired_head_dim is not None:
+            whole = [_unpair(part, rows, self.paired_head_dim) for part in whole]
+        values, scales, least = whole
+        num_bytes = len(rows) * sum(map(len, self.block.bytes_needed(columns)))
+        return FourBits(values=values, scales=scales, least=least), num_bytes
+
+    def _read_pieces(self, rows: Span, columns: Span) -> Iterator[tuple[Span, bytearray]]:
+        """Some rows at a time, and the blocks that `columns` of them lie in."""
+        needed = self.block.bytes_needed(columns)
+        covering = self.block.covering(columns).scaled(self.block.num_bytes)
+        with self.path.open("rb", buffering=0) as file:
+            for piece in _pieces(rows, max(1, PIECE_BYTES // max(1, len(covering)))):
+                yield piece, self._read_rows(file.fileno(), piece, covering, needed)
 
     def _read_rows(self, descriptor: int, rows: Span, covering: Span, needed: list[Span]) -> bytearray:
         """The bytes `covering` of each row, those `needed` of them read and the others zero."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qwen_ray.planner.family import FAMILY, lookup
@@ -63,12 +65,24 @@ def test_names_are_found_however_they_are_written() -> None:
     assert lookup(" QWEN/qwen2.5-72B-INSTRUCT ") is config
 
 
+def test_quantized_variants_are_known_too() -> None:
+    plain, awq, fp8 = map(lookup, ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen3-8B-FP8"))
+    assert plain is not None
+    assert awq is not None
+    assert awq.packed is not None
+    assert awq.packed.is_kept
+    assert replace(awq, packed=None, dtype=plain.dtype) == plain
+    assert fp8 is not None
+    assert fp8.packed is not None
+    assert not fp8.packed.is_kept
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "Qwen/Qwen2.5-72B-Instruct-AWQ",
-        "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4",
-        "Qwen/Qwen3-8B-FP8",
+        "Qwen/Qwen2.5-7B-Instruct-GGUF",
+        "Qwen/Qwen2.5-Coder-72B-Instruct-AWQ",
+        "someone/Qwen2.5-7B-Instruct-AWQ",
         "Qwen/Qwen2.5-Coder-72B",  # never published
         "Qwen/Qwen3-32B-Base",
         "Qwen/Qwen2.5-VL-7B-Instruct",

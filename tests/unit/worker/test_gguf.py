@@ -13,14 +13,18 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LLAMA, QWEN2, load_shard, random_tensors, to_gguf_name, write_gguf
+from tiny_models import CPU, LLAMA, QWEN2, load_shard, random_tensors, to_gguf_name, write_gguf
 
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig, RopeConfig
 from qwen_ray.core.plan import ParallelPlan, Span
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
+from qwen_ray.kernels.quantized import dequantize, make_room, store_as_they_are
+from qwen_ray.layers.matrix import Matrix
+from qwen_ray.models import registry
+from qwen_ray.parallel.groups import Groups
 from qwen_ray.planner.family import lookup
-from qwen_ray.worker.gguf import FIELDS, decoder, open_gguf, to_hf_name
+from qwen_ray.worker.gguf import FIELDS, IN_FOUR_BITS, decoder, open_gguf, to_hf_name
 from qwen_ray.worker.stored import BlockLayout
 from qwen_ray.worker.weights import open_checkpoint
 
@@ -112,6 +116,27 @@ def test_a_rectangle_is_a_part_of_the_whole_and_at_most_covering_blocks_are_read
         assert checkpoint.bytes_read == len(rows) * covering
 
 
+@settings(max_examples=25, deadline=None)
+@given(rows=spans(ROWS), columns=spans(COLUMNS) | spans(COLUMNS, 32))
+def test_what_lies_in_4_bits_is_kept_as_it_is(
+    stored: tuple[Path, torch.Tensor, GgmlType], rows: Span, columns: Span
+) -> None:
+    path, whole, kind = stored
+    checkpoint = open_checkpoint(path, QWEN2, torch.float32)
+    part = checkpoint.read_four_bits("matrix", (ROWS, COLUMNS), rows=rows, columns=columns)
+    if kind not in IN_FOUR_BITS or columns.start % 32:
+        assert part is None
+        return
+    assert part is not None
+    packed = make_room(4, len(rows), len(columns))
+    store_as_they_are(packed, 0, part)
+    wide = whole[rows.start : rows.stop, columns.start : columns.stop]
+    # Scales of Q4_K, 6 bits times a half float, have 11 bits then; the others' are those of the file.
+    steps = part.scales.float().repeat_interleave(32, dim=1)[:, : len(columns)]
+    bound = (steps * 15 + wide.abs()) / 1024 if kind == GgmlType.Q4_K else torch.zeros(())
+    assert ((dequantize(packed) - wide).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.name)
 def test_the_fields_of_a_block_are_all_of_its_bytes(kind: GgmlType) -> None:
     size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -192,6 +217,22 @@ def test_every_shard_of_a_gguf_equals_that_of_the_tensors_it_was_made_from(
         middle = slice(shard.intermediate.start, shard.intermediate.stop)
         down = tensors[f"model.layers.{first}.mlp.down_proj.weight"][:, middle]
         assert torch.equal(model.get_parameter("layers.0.mlp.down_proj.weight"), down)
+
+
+@pytest.mark.parametrize("config", [QWEN2, LLAMA], ids=lambda config: config.architecture)
+@pytest.mark.parametrize("kind", [GgmlType.Q4_0, GgmlType.Q4_1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_rank_in_int4_holds_what_the_file_does(tmp_path: Path, config: ModelConfig, kind: GgmlType, tp: int) -> None:
+    path = write_gguf(tmp_path / "model.gguf", config, random_tensors(config), kind)
+    for shard in ParallelPlan.of(config, tp=tp).shards(config):
+        wide = load_shard(config, shard, open_checkpoint(path, config, torch.float32))
+        kept = registry.build(config, shard, Groups(shard, CPU), CPU, torch.float32, max_len=16, quantization="int4")
+        kept.load(open_checkpoint(path, config, torch.float32))
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            matrix = kept.get_submodule(f"layers.0.{name}")
+            assert isinstance(matrix, Matrix)
+            assert matrix.packed is not None
+            assert torch.equal(dequantize(matrix.packed), wide.get_parameter(f"layers.0.{name}.weight")), name
 
 
 @pytest.mark.parametrize(("tp", "pp"), PLANS)

@@ -12,16 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_forms import CONFIGS, FORMS, KEPT, packed_model
 from safetensors.torch import save_file
-from tiny_models import QWEN2, load_shard, random_tensors, write_safetensors
+from tiny_models import CPU, QWEN2, load_shard, random_tensors, write_safetensors
 
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.packed_format import packed_format
 from qwen_ray.core.plan import ParallelPlan, Span
 from qwen_ray.kernels.quantized import dequantize, make_room, store_as_they_are
+from qwen_ray.layers.matrix import Matrix
+from qwen_ray.models import registry
+from qwen_ray.parallel.groups import Groups
 from qwen_ray.worker.weights import FileCheckpoint, open_checkpoint
 
 ROWS, COLUMNS = 48, 192
+MLP = "model.layers.0.mlp"
 NAME, SHAPE = "model.layers.0.mlp.up_proj.weight", (ROWS, COLUMNS)
 
 
@@ -94,6 +98,27 @@ def test_a_model_is_what_it_stands_for_and_nothing_is_left_over(tmp_path: Path, 
         expected = load_shard(QWEN2, shard, open_checkpoint(plain, QWEN2, torch.float32))
         for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
             assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("form", KEPT)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_rank_in_int4_holds_what_the_checkpoint_does(tmp_path: Path, form: str, tp: int) -> None:
+    stored, wide = packed_model(random_tensors(QWEN2), form)
+    path = write_safetensors(tmp_path / "model", stored)
+    for shard in ParallelPlan.of(QWEN2, tp=tp).shards(QWEN2):
+        groups = Groups(shard, CPU)
+        model = registry.build(QWEN2, shard, groups, CPU, torch.float32, max_len=16, quantization="int4")
+        model.load(opened(path, form))
+        middle = slice(shard.intermediate.start, shard.intermediate.stop)
+        for name, expected in (
+            ("gate_up_proj", torch.cat([wide[f"{MLP}.{part}_proj.weight"][middle] for part in ("gate", "up")])),
+            ("down_proj", wide[f"{MLP}.down_proj.weight"][:, middle]),
+        ):
+            matrix = model.get_submodule(f"layers.0.mlp.{name}")
+            assert isinstance(matrix, Matrix)
+            assert matrix.packed is not None
+            steps = matrix.packed.scales.float().repeat_interleave(32, dim=1)[:, : expected.shape[1]]
+            assert ((dequantize(matrix.packed) - expected).abs() <= steps / 128).all()
 
 
 def test_a_bias_that_matters_is_not_left_out(tmp_path: Path) -> None:
