@@ -6,7 +6,7 @@ each 512 of a row by themselves, beside weights in 4 bits to 8, each 64. Knows n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 GROUPS = (32, 64, 128)  # weights that share a scale, in 4 bits
 GROUP = 32  # unless asked for: 5 bits a weight in all
 STEPS = {8: 64, 4: 128}  # a packed row holds a multiple of so many weights
+LANES = 16  # rows of 4-bit weights that lie side by side
 ROWS_AT_ONCE = 4096  # of a matrix that are rounded, or widened again: what lies beside it stays small
 
 
@@ -21,15 +22,17 @@ ROWS_AT_ONCE = 4096  # of a matrix that are rounded, or widened again: what lies
 class PackedWeight:
     """A [out, in] matrix. 8 bits: a weight is (value - 128) * scale, with a scale for each row.
 
-    4 bits: least + value * scale, with both for each `group` of a row; of each 128 weights of a row, byte i holds
-    weight i in its low and weight 64 + i in its high half. Whatever stands behind the row's end is no matter.
+    4 bits: least + value * scale, with both for each `group` of a row. LANES rows lie side by side, each 8 columns of
+    them in turn: of a row's 4 bytes, byte i holds column i in its low and column 4 + i in its high half. Whatever stands
+    behind the row's end, or in lanes behind the last row, is no matter.
     """
 
     bits: int  # 8 or 4
+    out_size: int
     size: int  # in
     group: int  # 4 bits: one of GROUPS; 8 bits: 0
-    values: torch.Tensor  # [out, bytes of a row] uint8
-    scales: torch.Tensor  # 8 bits: [out] float32; 4 bits: [out, groups of a packed row] float16
+    values: torch.Tensor  # uint8; 8 bits: [out, columns]; 4 bits: [out / LANES, columns / 8, LANES, 4]
+    scales: torch.Tensor  # 8 bits: [out] float32; 4 bits: [out / LANES, columns / group, LANES] float16
     least: torch.Tensor | None  # 8 bits: None; 4 bits: as the scales
 
     @property
@@ -42,12 +45,12 @@ class PackedWeight:
 
     @property
     def num_weights(self) -> int:
-        return self.values.shape[0] * self.size
+        return self.out_size * self.size
 
-    def rows(self, which: slice | torch.Tensor) -> PackedWeight:
-        """Some of them; of a slice, in the same memory."""
-        least = None if self.least is None else self.least[which]
-        return replace(self, values=self.values[which], scales=self.scales[which], least=least)
+    @property
+    def row_bytes(self) -> int:
+        """Of the values of a row."""
+        return self.values.shape[1] * (1 if self.bits == 8 else 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +71,15 @@ def make_room(bits: int, out_size: int, size: int, group: int = GROUP) -> Packed
     if bits == 4 and group not in GROUPS:
         raise ValueError(f"group is {group}; it must be one of {', '.join(map(str, GROUPS))}.")
     held = size + -size % STEPS[bits]
-    values = torch.empty(out_size, held * bits // 8, dtype=torch.uint8)
     if bits == 8:
-        return PackedWeight(bits=8, size=size, group=0, values=values, scales=torch.empty(out_size), least=None)
-    scales, least = (torch.empty(out_size, held // group, dtype=torch.float16) for _ in range(2))
-    return PackedWeight(bits=4, size=size, group=group, values=values, scales=scales, least=least)
+        values, scales = torch.empty(out_size, held, dtype=torch.uint8), torch.empty(out_size)
+        return PackedWeight(bits=8, out_size=out_size, size=size, group=0, values=values, scales=scales, least=None)
+    num_blocks = -(-out_size // LANES)
+    values = torch.empty(num_blocks, held // 8, LANES, 4, dtype=torch.uint8)
+    scales, least = (torch.empty(num_blocks, held // group, LANES, dtype=torch.float16) for _ in range(2))
+    for tensor in (values, scales, least):
+        tensor[-1:].zero_()  # lanes that are no rows
+    return PackedWeight(bits=4, out_size=out_size, size=size, group=group, values=values, scales=scales, least=least)
 
 
 def store(packed: PackedWeight, start: int, weight: torch.Tensor) -> None:
@@ -88,42 +95,42 @@ def store(packed: PackedWeight, start: int, weight: torch.Tensor) -> None:
     round_rows = _round_to_8 if packed.bits == 8 else _round_to_4
     for first in range(0, weight.shape[0], ROWS_AT_ONCE):
         part = weight[first : first + ROWS_AT_ONCE].float()
-        part = F.pad(part, (0, -part.shape[1] % STEPS[packed.bits]))
-        own = packed.rows(slice(start + first, start + first + part.shape[0]))
-        round_rows(part, own)
-
-
-def _round_to_8(weight: torch.Tensor, to: PackedWeight) -> None:
-    to.scales.copy_(weight.abs().amax(-1) / 127)
-    steps = weight / torch.where(to.scales > 0, to.scales, 1.0)[:, None]
-    to.values.copy_(steps.round_().clamp_(-127, 127).add_(128))
-
-
-def _round_to_4(weight: torch.Tensor, to: PackedWeight) -> None:
-    assert to.least is not None, "4 bits have it"
-    groups = weight.unflatten(1, (-1, to.group))
-    least, most = groups.aminmax(dim=-1)
-    to.least.copy_(least)
-    to.scales.copy_((most - least) / 15)
-    scales = to.scales.float()
-    steps = (groups - to.least.float()[..., None]) / torch.where(scales > 0, scales, 1.0)[..., None]
-    to.values.copy_(_in_halves(steps.round_().clamp_(0, 15).to(torch.uint8).flatten(1)))
-
-
-def _in_halves(values: torch.Tensor) -> torch.Tensor:
-    """[n, whole steps] of up to 15, two to a byte."""
-    halves = values.unflatten(1, (-1, 2, STEPS[4] // 2))
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+        round_rows(F.pad(part, (0, -part.shape[1] % STEPS[packed.bits])), packed, start + first)
 
 
 def store_as_they_are(packed: PackedWeight, start: int, part: FourBits) -> None:
     """`part` [n, in] becomes the rows of `packed`, 4 bits by GROUP, from `start` on: nothing is rounded."""
-    assert packed.least is not None, "4 bits have it"
-    own = slice(start, start + part.values.shape[0])
-    for to, scales in ((packed.scales, part.scales), (packed.least, part.least)):
-        to[own].zero_()
-        to[own, : scales.shape[1]] = scales
-    packed.values[own] = _in_halves(F.pad(part.values, (0, -part.values.shape[1] % STEPS[4])))
+    num_columns, num_groups = packed.values.shape[1] * 8, packed.scales.shape[1]
+    values = F.pad(part.values, (0, num_columns - part.values.shape[1]))
+    scales, least = (F.pad(given, (0, num_groups - given.shape[1])) for given in (part.scales, part.least))
+    _place(packed, start, values, scales, least)
+
+
+def _round_to_8(weight: torch.Tensor, to: PackedWeight, start: int) -> None:
+    own = slice(start, start + weight.shape[0])
+    scales = weight.abs().amax(-1) / 127
+    steps = weight / torch.where(scales > 0, scales, 1.0)[:, None]
+    to.scales[own] = scales
+    to.values[own] = steps.round_().clamp_(-127, 127).add_(128)
+
+
+def _round_to_4(weight: torch.Tensor, to: PackedWeight, start: int) -> None:
+    groups = weight.unflatten(1, (-1, to.group))
+    least, most = groups.aminmax(dim=-1)
+    least, scales = least.half(), ((most - least) / 15).half()
+    steps = (groups - least.float()[..., None]) / torch.where(scales > 0, scales, 1.0).float()[..., None]
+    _place(to, start, steps.round_().clamp_(0, 15).to(torch.uint8).flatten(1), scales, least)
+
+
+def _place(to: PackedWeight, start: int, values: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> None:
+    """`values` [n, columns] up to 15, `scales` and `least` [n, groups], into their lanes."""
+    assert to.least is not None, "4 bits have it"
+    rows = torch.arange(start, start + values.shape[0])
+    block, lane = rows // LANES, rows % LANES
+    halves = values.unflatten(1, (-1, 2, 4))
+    to.values[block, :, lane] = halves[:, :, 0] | halves[:, :, 1] << 4
+    to.scales[block, :, lane] = scales
+    to.least[block, :, lane] = least
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int = GROUP) -> PackedWeight:
@@ -134,27 +141,23 @@ def quantize(weight: torch.Tensor, bits: int, group: int = GROUP) -> PackedWeigh
     return packed
 
 
-def dequantize(packed: PackedWeight) -> torch.Tensor:
-    """[out, in] float32."""
+def dequantize(packed: PackedWeight, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """[out, in] float32; or [T, in], of `rows` [T]."""
+    rows = torch.arange(packed.out_size) if rows is None else rows
     if packed.least is None:
-        return ((packed.values.float() - 128) * packed.scales[:, None])[:, : packed.size]
-    halves = packed.values.unflatten(1, (-1, STEPS[4] // 2))
-    values = torch.stack((halves & 15, halves >> 4), dim=2).flatten(1).unflatten(1, (-1, packed.group))
-    wide = packed.least.float()[..., None] + values.float() * packed.scales.float()[..., None]
-    return wide.flatten(1)[:, : packed.size]
-
-
-def look_up(packed: PackedWeight, rows: torch.Tensor) -> torch.Tensor:
-    """[T] to [T, in] float32."""
-    return dequantize(packed.rows(rows))
+        return ((packed.values[rows].float() - 128) * packed.scales[rows, None])[:, : packed.size]
+    block, lane = rows // LANES, rows % LANES
+    bytes_ = packed.values[block, :, lane]
+    values = torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).flatten(1).unflatten(1, (-1, packed.group))
+    scales, least = (tensor[block, :, lane].float()[..., None] for tensor in (packed.scales, packed.least))
+    return (least + values.float() * scales).flatten(1)[:, : packed.size]
 
 
 def linear_packed(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """[T, in] by [out, in] to [T, out]. Widens the weights anew for each product: a definition, and a last resort."""
-    out_size = weight.values.shape[0]
-    out = x.new_empty(x.shape[0], out_size)
-    for start in range(0, out_size, ROWS_AT_ONCE):
-        own = slice(start, start + ROWS_AT_ONCE)
-        wide = dequantize(weight.rows(own)).to(x.dtype)
+    out = x.new_empty(x.shape[0], weight.out_size)
+    for start in range(0, weight.out_size, ROWS_AT_ONCE):
+        own = slice(start, min(start + ROWS_AT_ONCE, weight.out_size))
+        wide = dequantize(weight, torch.arange(own.start, own.stop)).to(x.dtype)
         out[:, own] = F.linear(x, wide, None if bias is None else bias[own])
     return out

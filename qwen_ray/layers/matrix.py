@@ -58,7 +58,7 @@ class Matrix(nn.Module):
         held = self.held
         if isinstance(held, torch.Tensor):
             return F.embedding(rows, held)
-        return quantized.look_up(held, rows).to(self._dtype)
+        return quantized.dequantize(held, rows).to(self._dtype)
 
     def take(
         self,

@@ -69,7 +69,7 @@ class RankMemory:
 # How matrices lie in 8 and 4 bits: rows of a multiple of so many weights, each row with a scale, or each
 # group with a scale and its least weight.
 INT8_STEP, INT8_SCALE_BYTES = 64, 4
-INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES = 128, 32, 4
+INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES, INT4_LANES = 128, 32, 4, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +144,12 @@ def row_size(size: int, dtype: str | None) -> int:
     return size * DTYPE_BYTES[dtype]
 
 
+def matrix_size(num_rows: int, size: int, dtype: str | None) -> int:
+    """Bytes of a layer's matrix [num_rows, size]; as `row_size`."""
+    is_int4 = dtype is not None and dtype.startswith("int4")
+    return (num_rows + -num_rows % INT4_LANES if is_int4 else num_rows) * row_size(size, dtype)
+
+
 def vocab_row_size(size: int, dtype: str | None) -> int:
     """The same of embedding and head."""
     if dtype is None or dtype == "fp8":
@@ -190,7 +196,7 @@ def rank_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) ->
 def layer_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) -> Weights:
     """Of a rank's layers."""
     hidden, head_dim, num_layers = config.hidden_size, config.head_dim, len(shard.layers)
-    unit, row = unit_size(dtype), row_size(hidden, dtype)
+    unit = unit_size(dtype)
     q, kv = len(shard.heads) * head_dim, len(shard.kv_heads) * head_dim
     biases = q + 2 * kv if config.qkv_bias else 0
     norms = 2 * hidden + (2 * head_dim if config.qk_norm else 0)
@@ -198,7 +204,7 @@ def layer_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) -
     moe = config.moe
     router = hidden * (moe.num_experts + int(moe.shared_expert_intermediate_size > 0)) if moe else 0
     return Weights(
-        attention=num_layers * ((q + 2 * kv) * row + hidden * row_size(q, dtype) + biases * unit),
+        attention=num_layers * (matrix_size(q + 2 * kv, hidden, dtype) + matrix_size(hidden, q, dtype) + biases * unit),
         mlp=(num_layers - num_sparse) * mlp_weights(config, len(shard.intermediate), dtype),
         experts=num_sparse * num_slots(shard) * expert_weights(config, shard, dtype),
         shared_experts=num_sparse * mlp_weights(config, len(shard.shared_intermediate), dtype),
@@ -208,7 +214,7 @@ def layer_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) -
 
 def mlp_weights(config: ModelConfig, inner: int, dtype: str | None = None) -> int:
     """Of gate, up and down with `inner` in between."""
-    return 2 * inner * row_size(config.hidden_size, dtype) + config.hidden_size * row_size(inner, dtype)
+    return matrix_size(2 * inner, config.hidden_size, dtype) + matrix_size(config.hidden_size, inner, dtype)
 
 
 def expert_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) -> int:

@@ -47,9 +47,8 @@ class Matrix(ctypes.Structure):
             row_bytes = weight.stride(0) * weight.element_size()
             return cls(weight.data_ptr(), row_bytes, None, None, add, *weight.shape, 0, 0)
         least = None if weight.least is None else weight.least.data_ptr()
-        values, scales = weight.values, weight.scales.data_ptr()
-        sizes = values.shape[0], weight.size, weight.bits, weight.group
-        return cls(values.data_ptr(), values.shape[1], scales, least, add, *sizes)
+        sizes = weight.out_size, weight.size, weight.bits, weight.group
+        return cls(weight.values.data_ptr(), weight.row_bytes, weight.scales.data_ptr(), least, add, *sizes)
 
 
 class Sequences(ctypes.Structure):

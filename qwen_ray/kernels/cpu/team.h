@@ -23,6 +23,8 @@ template <class T>
 void multiply(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
 template <class T>
 void multiply_packed(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
+template <class T>
+void multiply_four_bits(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
 
 constexpr int64_t WORTH_A_TEAM = 128 << 10;  // bytes of a matrix
 

@@ -21,6 +21,12 @@ def matrix(out_size: int, size: int) -> torch.Tensor:
     return torch.randn(out_size, size, generator=torch.Generator().manual_seed(out_size * 1000 + size))
 
 
+def scales_of(packed: PackedWeight) -> torch.Tensor:
+    """Of each weight, in 4 bits."""
+    scales = packed.scales.transpose(1, 2).flatten(0, 1)[: packed.out_size].float()
+    return scales.repeat_interleave(packed.group, dim=1)[:, : packed.size]
+
+
 def pack(weight: torch.Tensor, kind: int) -> PackedWeight:
     return quantize(weight, 4, kind) if kind else quantize(weight, 8)
 
@@ -41,10 +47,10 @@ def test_8_bits_move_a_weight_by_half_a_step(shape: tuple[int, int]) -> None:
 def test_4_bits_move_a_weight_by_half_a_step(group: int, shape: tuple[int, int]) -> None:
     weight = matrix(*shape)
     packed = quantize(weight, 4, group)
-    assert packed.values.shape[1] * 2 % 128 == 0
-    scales = packed.scales.float().repeat_interleave(group, dim=1)[:, : shape[1]]
-    # The least weight and the scale of a group are rounded, too: by a 256th part.
-    slack = weight.abs().amax(dim=1, keepdim=True) / 128
+    assert packed.row_bytes * 2 % 128 == 0
+    scales = scales_of(packed)
+    # The least weight and the scale of a group are rounded, too: by a 2,048th part.
+    slack = weight.abs().amax(dim=1, keepdim=True) / 1024
     assert ((dequantize(packed) - weight).abs() <= scales / 2 + slack).all()
 
 

@@ -1,0 +1,34 @@
+// Activations rounded to whole numbers, and their products with weights that are whole numbers already.
+#pragma once
+
+#include "vectors.h"
+
+using i8x16 = int8_t __attribute__((vector_size(16)));
+
+// Lane i: sum[i] and the products of its four bytes of w, without a sign, with those of x, which have one.
+inline i32x16 multiply_add(i32x16 sum, u32x16 w, i32x16 x) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+    __m512i a = (__m512i)w, b = (__m512i)x;
+    __m512i even = _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(255)),
+                                     _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+    return sum + (i32x16)even + (i32x16)_mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
+#else
+    for (int j = 0; j < 4; ++j) sum += (i32x16)((w >> (8 * j)) & 255) * ((x << (24 - 8 * j)) >> 24);
+    return sum;
+#endif
+}
+
+// The scale of numbers that shall reach up to `limit`, of which `most` holds the largest sizes; NaN if `spoilt` is.
+struct Scale {
+    float value, inverse;
+
+    Scale(f32x16 most, f32x16 spoilt, float limit) {
+        float scale = largest(most) / limit;
+        inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        value = scale + sum(spoilt);
+    }
+};
+
+inline i32x16 nearest(f32x16 v) { return (i32x16)(v + 12582912.0f) - 0x4b400000; }
