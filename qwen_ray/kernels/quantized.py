@@ -23,8 +23,8 @@ class PackedWeight:
     """A [out, in] matrix. 8 bits: a weight is (value - 128) * scale, with a scale for each row.
 
     4 bits: least + value * scale, with both for each `group` of a row. LANES rows lie side by side, each 8 columns of
-    them in turn: of a row's 4 bytes, byte i holds column i in its low and column 4 + i in its high half. Whatever stands
-    behind the row's end, or in lanes behind the last row, is no matter.
+    them in turn: of a row's 4 bytes, byte i holds column i in its low and column 4 + i in its high half. Whatever
+    stands behind the row's end, or in lanes behind the last row, is no matter.
     """
 
     bits: int  # 8 or 4
