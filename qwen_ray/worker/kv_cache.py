@@ -22,7 +22,7 @@ from qwen_ray.layers.attention import Attention
 MADV_HUGEPAGE = 14
 MADV_POPULATE_WRITE = 23  # Linux 5.14: as if every page had been written to, without changing what is in it
 PART = 2**21  # bytes at a time: meanwhile no other thread can get memory of its own
-BUSY_REST = 50.0
+BUSY_REST = 20.0  # times as long as it worked, while others compute: 5 % of one core's bandwidth, and over in minutes
 
 logger = logging.getLogger(__name__)
 
