@@ -84,8 +84,6 @@ def _quantization(model: ModelSettings, config: ModelConfig, hardware: Hardware)
         reason = "is for CPUs, and there are GPUs, which would be used; leave it out"
     elif model.dtype == "fp8":
         reason = "and dtype fp8 exclude each other; compute in bfloat16"
-    elif config.moe:
-        reason = "is for dense models, and this is a mixture of experts; leave it out"
     if model.quantization == "auto":
         return "int4" if reason is None and config.packed is not None and config.packed.is_kept else "none"
     if model.quantization != "none" and reason is not None:

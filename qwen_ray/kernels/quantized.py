@@ -54,6 +54,27 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackedStack:
+    """Matrices of one shape. `tensors`: those of a `PackedWeight`, each [S, ...], that the matrices are parts of."""
+
+    tensors: tuple[torch.Tensor, ...]
+    matrices: tuple[PackedWeight, ...]
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, number: int) -> PackedWeight:
+        return self.matrices[number]
+
+    @property
+    def num_weights(self) -> int:
+        return sum(matrix.num_weights for matrix in self.matrices)
+
+
+Matrices = torch.Tensor | PackedStack  # [S, out, in]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FourBits:
     """Rows of a matrix that are in 4 bits already: weight j of a row is least + value * scale, those of j // GROUP."""
 
@@ -68,18 +89,28 @@ class FourBits:
 
 def make_room(bits: int, out_size: int, size: int, group: int = GROUP) -> PackedWeight:
     """For a matrix that `store` will fill. Raises ValueError for a group of 4-bit weights that is not one of GROUPS."""
+    return make_stack(1, bits, out_size, size, group)[0]
+
+
+def make_stack(count: int, bits: int, out_size: int, size: int, group: int = GROUP) -> PackedStack:
+    """The same, `count` times."""
     if bits == 4 and group not in GROUPS:
         raise ValueError(f"group is {group}; it must be one of {', '.join(map(str, GROUPS))}.")
     held = size + -size % STEPS[bits]
     if bits == 8:
-        values, scales = torch.empty(out_size, held, dtype=torch.uint8), torch.empty(out_size)
-        return PackedWeight(bits=8, out_size=out_size, size=size, group=0, values=values, scales=scales, least=None)
-    num_blocks = -(-out_size // LANES)
-    values = torch.empty(num_blocks, held // 8, LANES, 4, dtype=torch.uint8)
-    scales, least = (torch.empty(num_blocks, held // group, LANES, dtype=torch.float16) for _ in range(2))
-    for tensor in (values, scales, least):
-        tensor[-1:].zero_()  # lanes that are no rows
-    return PackedWeight(bits=4, out_size=out_size, size=size, group=group, values=values, scales=scales, least=least)
+        tensors = (torch.empty(count, out_size, held, dtype=torch.uint8), torch.empty(count, out_size))
+    else:
+        blocks = -(-out_size // LANES)
+        values = torch.empty(count, blocks, held // 8, LANES, 4, dtype=torch.uint8)
+        tensors = (values, *(torch.empty(count, blocks, held // group, LANES, dtype=torch.float16) for _ in range(2)))
+        for tensor in tensors:
+            tensor[:, -1:].zero_()  # lanes that are no rows
+
+    def matrix(values: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | None = None) -> PackedWeight:
+        kind = {"bits": bits, "out_size": out_size, "size": size, "group": group if bits == 4 else 0}
+        return PackedWeight(values=values, scales=scales, least=least, **kind)
+
+    return PackedStack(tensors=tensors, matrices=tuple(matrix(*own) for own in zip(*tensors, strict=True)))
 
 
 def store(packed: PackedWeight, start: int, weight: torch.Tensor) -> None:

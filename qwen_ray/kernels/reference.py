@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from qwen_ray.kernels.quantized import Matrices, PackedWeight, linear_packed
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[T, in] by [out, in] to [T, out]."""
@@ -49,8 +51,17 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Te
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
 
 
+def expert(rows: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight) -> torch.Tensor:
+    """[T, hidden] to [T, hidden] by gate_up [2 I, hidden] and down [hidden, I]."""
+    return _product(silu_and_mul(_product(rows, gate_up)), down)
+
+
+def _product(rows: torch.Tensor, matrix: torch.Tensor | PackedWeight) -> torch.Tensor:
+    return linear(rows, matrix, None) if isinstance(matrix, torch.Tensor) else linear_packed(rows, matrix, None)
+
+
 def run_experts(
-    x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, gate_up: Matrices, down: Matrices
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, as far as they are here; Shazeer et al. 2017.
 
@@ -58,10 +69,9 @@ def run_experts(
     hidden] and down [S, hidden, I] of the experts in slots 0 to S - 1. Returns [N, hidden].
     """
     parts = x.new_zeros(*slots.shape, x.shape[1])
-    for slot in range(gate_up.shape[0]):
+    for slot in range(len(gate_up)):
         here = slots == slot
-        rows = x[here.any(-1)]
-        parts[here] = linear(silu_and_mul(linear(rows, gate_up[slot], None)), down[slot], None)
+        parts[here] = expert(x[here.any(-1)], gate_up[slot], down[slot])
     return sum_choices(parts, weights)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen_ray.kernels import quantized, reference
-from qwen_ray.kernels.quantized import PackedWeight
+from qwen_ray.kernels.quantized import Matrices, PackedWeight
 
 if TYPE_CHECKING:
     from qwen_ray.kernels.cpu.library import Library
@@ -67,7 +67,7 @@ class Kernels:
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
     route: Callable[[torch.Tensor, int, bool], tuple[torch.Tensor, torch.Tensor]]
-    run_experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    run_experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Matrices, Matrices], torch.Tensor]
     store_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     plan_attention: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...], int], Any]
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]

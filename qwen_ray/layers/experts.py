@@ -12,7 +12,8 @@ from torch import nn
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.expert_map import ExpertMap, Slots, Transfer, in_rounds, settle, transfers
-from qwen_ray.layers.site import Site, weight
+from qwen_ray.layers.matrix import MatrixStack, layer_bits
+from qwen_ray.layers.site import Site
 
 
 class Experts(nn.Module):
@@ -31,8 +32,8 @@ class Experts(nn.Module):
         self._group = site.groups.stage
         self._run_experts = site.kernels.run_experts
         num_slots = len(shard.own_experts(layer))
-        self.gate_up = weight(site, num_slots, 2 * len(self._span), config.hidden_size)
-        self.down = weight(site, num_slots, config.hidden_size, len(self._span))
+        self.gate_up = MatrixStack(site, num_slots, 2 * len(self._span), config.hidden_size, layer_bits(site))
+        self.down = MatrixStack(site, num_slots, config.hidden_size, len(self._span), layer_bits(site))
         # By expert id; behind them those of no expert here.
         self._tokens = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=site.device)
         self._one = torch.ones(1, dtype=torch.int64, device=site.device)
@@ -50,7 +51,7 @@ class Experts(nn.Module):
         """
         ids = self._ids[slots].flatten()
         self._tokens.scatter_add_(0, ids, self._one.expand_as(ids))
-        return self._run_experts(x, slots, weights, self.gate_up, self.down)
+        return self._run_experts(x, slots, weights, self.gate_up.held, self.down.held)
 
     def tokens(self) -> tuple[int, ...]:
         """By expert id: how many tokens this rank has computed it for. Waits for the device."""
@@ -60,11 +61,12 @@ class Experts(nn.Module):
         """`prefix` is the module that holds them all: `model.layers.0.mlp.experts`."""
         inner, hidden = self._matrix
         for slot, expert in enumerate(self.map.slots[self.ep_rank]):
-            gate, up = self.gate_up[slot].chunk(2)
-            for name, part in (("gate_proj", gate), ("up_proj", up)):
-                part.copy_(checkpoint.read(f"{prefix}.{expert}.{name}.weight", (inner, hidden), rows=self._span))
-            down = checkpoint.read(f"{prefix}.{expert}.down_proj.weight", (hidden, inner), columns=self._span)
-            self.down[slot].copy_(down)
+            for start, part in ((0, "gate_proj"), (len(self._span), "up_proj")):
+                name = f"{prefix}.{expert}.{part}.weight"
+                self.gate_up.take(slot, start, checkpoint, name, (inner, hidden), rows=self._span)
+            self.down.take(
+                slot, 0, checkpoint, f"{prefix}.{expert}.down_proj.weight", (hidden, inner), columns=self._span
+            )
 
     def move(self, slots: Slots) -> int:
         """Hold the experts of `slots` from now on; returns how many came. All ranks of the stage do this together.
@@ -73,18 +75,20 @@ class Experts(nn.Module):
         comes in beside the weights until all has been given.
         """
         wanted = settle(self.map.slots, slots)
-        incoming: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        tensors = (*self.gate_up.tensors, *self.down.tensors)
+        incoming: list[tuple[int, list[torch.Tensor]]] = []
         for turn in in_rounds(transfers(self.map.slots, wanted)):
-            gate_up, down = self._pass_on(self.gate_up, turn), self._pass_on(self.down, turn)
-            incoming += [(t.target_slot, gate_up[0], down[0]) for t in turn if t.target == self.ep_rank]
-        for slot, gate_up, down in incoming:
-            self.gate_up[slot].copy_(gate_up)
-            self.down[slot].copy_(down)
+            taken = [self._pass_on(tensor, turn) for tensor in tensors]
+            incoming += [(t.target_slot, [part[0] for part in taken]) for t in turn if t.target == self.ep_rank]
+        for slot, parts in incoming:
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor[slot].copy_(part)
         self._take_up(wanted)
         return len(incoming)
 
     def _pass_on(self, matrices: torch.Tensor, turn: list[Transfer]) -> torch.Tensor:
-        """Give one matrix or none, take one or none: [1 or 0, ...]. Parts go to ranks with the same part."""
+        """Give one matrix, or what it is made of, or none; take one or none: [1 or 0, ...]. Parts go to ranks with the
+        same part."""
         expert_tp_rank, expert_tp_size = self._expert_tp
         counts = [0] * self._group.size
         given = matrices[:0]

@@ -1,4 +1,4 @@
-"""A matrix on this rank: as the checkpoint has it, or rounded to 8 or 4 bits while it is read.
+"""A matrix on this rank, or several of one shape: as the checkpoint has it, or rounded to 8 or 4 bits while it is read.
 
 What the checkpoint has in 4 bits stays as it is there. Knows how a matrix is held, filled and multiplied, and which
 matrices get how many bits. What its rows and columns are, and where the others lie, is said by what inherits from it.
@@ -13,7 +13,7 @@ from torch import nn
 
 from qwen_ray.core.plan import Span
 from qwen_ray.kernels import quantized
-from qwen_ray.kernels.quantized import PackedWeight
+from qwen_ray.kernels.quantized import PackedStack, PackedWeight
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.site import Site, weight
 
@@ -60,26 +60,55 @@ class Matrix(nn.Module):
             return F.embedding(rows, held)
         return quantized.dequantize(held, rows).to(self._dtype)
 
+    def take(self, start: int, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], **cut: Span | None) -> None:
+        """What the checkpoint has under `name`, or the `rows` or `columns` of it, becomes the rows from `start` on."""
+        _take(self.held, start, checkpoint, name, shape, **cut)
+
+
+class MatrixStack(nn.Module):
+    """[S, out, in]: S matrices of one shape, held as `Matrix` holds one."""
+
+    def __init__(self, site: Site, count: int, out_size: int, in_size: int, bits: int | None) -> None:
+        super().__init__()
+        self.packed = None if bits is None else quantized.make_stack(count, bits, out_size, in_size)
+        self.weight = weight(site, count, out_size, in_size) if bits is None else None
+        tensors = () if self.packed is None else self.packed.tensors
+        self.parts = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+
+    @property
+    def held(self) -> torch.Tensor | PackedStack:
+        if self.packed is not None:
+            return self.packed
+        assert self.weight is not None, "either packed or not"
+        return self.weight
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """[S, ...] each: all that matrix s is made of lies in row s of them."""
+        held = self.held
+        return (held,) if isinstance(held, torch.Tensor) else held.tensors
+
     def take(
-        self,
-        start: int,
-        checkpoint: Checkpoint,
-        name: str,
-        shape: tuple[int, ...],
-        *,
-        rows: Span | None = None,
-        columns: Span | None = None,
+        self, number: int, start: int, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], **cut: Span | None
     ) -> None:
-        """That part of the checkpoint's tensor becomes the rows from `start` on."""
-        if self.packed is None:
-            part = checkpoint.read(name, shape, rows=rows, columns=columns)
-            if self.weight is not None:
-                self.weight[start : start + part.shape[0]].copy_(part)
-            return
-        four_bits = (
-            checkpoint.read_four_bits(name, shape, rows=rows, columns=columns) if self.packed.bits == 4 else None
-        )
-        if four_bits is not None:
-            quantized.store_as_they_are(self.packed, start, four_bits)
-        else:
-            quantized.store(self.packed, start, checkpoint.read(name, shape, rows=rows, columns=columns))
+        """As `Matrix.take`, of one of them."""
+        _take(self.held[number], start, checkpoint, name, shape, **cut)
+
+
+def _take(
+    to: torch.Tensor | PackedWeight,
+    start: int,
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    **cut: Span | None,
+) -> None:
+    if isinstance(to, torch.Tensor):
+        part = checkpoint.read(name, shape, **cut)
+        to[start : start + part.shape[0]].copy_(part)
+        return
+    four_bits = checkpoint.read_four_bits(name, shape, **cut) if to.bits == 4 else None
+    if four_bits is not None:
+        quantized.store_as_they_are(to, start, four_bits)
+    else:
+        quantized.store(to, start, checkpoint.read(name, shape, **cut))

@@ -18,7 +18,7 @@ from qwen_ray.layers.batch import ForwardBatch, LayerStep
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.embedding import Embedding, Head, VocabMatrix
 from qwen_ray.layers.expert_map import Slots
-from qwen_ray.layers.matrix import Matrix
+from qwen_ray.layers.matrix import Matrix, MatrixStack
 from qwen_ray.layers.moe import Moe
 from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.layers.rotary import Rotary
@@ -148,7 +148,7 @@ class Stage(nn.Module):
     @property
     def num_weights(self) -> int:
         """That `load` reads, however they are then held."""
-        packed = [m.packed for m in self.modules() if isinstance(m, Matrix) and m.packed is not None]
+        packed = [m.packed for m in self.modules() if isinstance(m, Matrix | MatrixStack) and m.packed is not None]
         held = sum(parameter.numel() for parameter in self.parameters())
         return held + sum(p.num_weights - sum(tensor.numel() for tensor in p.tensors) for p in packed)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, Quantization
 from qwen_ray.core.plan import ParallelPlan, Rendezvous, Shard, Span
 from qwen_ray.core.step import MoveExperts
 from qwen_ray.layers.batch import ForwardBatch
@@ -171,6 +171,7 @@ def forward_steps(
     parts: list[Steps],
     moves: Mapping[int, list[MoveExperts]] = MappingProxyType({}),
     dtype: torch.dtype = torch.float32,
+    quantization: Quantization = "none",
 ) -> Life:
     """One rank's life: join, load, run the steps of its dp rank. `moves[i]` happen before step i."""
     shard: Shard = plan.shard(config, rank)
@@ -178,7 +179,7 @@ def forward_steps(
     groups = Groups(shard, CPU)
     groups.join(rendezvous, timeout=30)
     try:
-        model = registry.build(config, shard, groups, CPU, dtype, max_len=64)
+        model = registry.build(config, shard, groups, CPU, dtype, max_len=64, quantization=quantization)
         model.load(Tensors(torch.load(weights, mmap=True)))
         for attention in model.attentions:
             shape = (len(sequences) * BLOCKS_PER_SEQUENCE, BLOCK_SIZE, attention.num_kv_heads, attention.head_dim)

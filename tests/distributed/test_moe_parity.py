@@ -13,7 +13,7 @@ from rank_processes import CPU, Life, Ranks, Steps, forward_steps, free_address
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, Quantization
 from qwen_ray.core.plan import ExpertPlacement, ParallelPlan
 from qwen_ray.core.step import MoveExperts
 from qwen_ray.layers.expert_map import Slots
@@ -94,9 +94,11 @@ class Reference:
         moves: dict[int, list[MoveExperts]] | None = None,
         dtype: torch.dtype = torch.float32,
         tolerance: float = TOLERANCE,
+        quantization: Quantization = "none",
     ) -> list[Life]:
         """Every dp rank's logits are those of transformers in float32, whatever `moves` before which step."""
         arguments = (self.config, plan, free_address(), str(self.path), SEQUENCES, PARTS, moves or {}, dtype)
+        arguments = (*arguments, quantization)
         lives: list[Life] = ranks.run(plan.world_size, forward_steps, *arguments)
         samplers = [shard for shard in plan.shards(self.config) if shard.samples]
         assert [shard.dp_rank for shard in samplers] == list(range(plan.dp_attention))
@@ -201,11 +203,20 @@ def placement(seed: int, ep: int, num_slots: int) -> Slots:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "ep", "dp_attention"),
-    [(2, 1, 2, 1), (1, 1, 2, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 1, 4, 4), (4, 1, 4, 1)],
+    ("tp", "pp", "ep", "dp_attention", "quantization"),
+    [
+        *[(2, 1, 2, 1, "none"), (1, 1, 2, 2, "none"), (2, 1, 2, 2, "none"), (1, 2, 2, 2, "none")],
+        *[(1, 1, 4, 4, "none"), (4, 1, 4, 1, "none"), (2, 1, 2, 1, "int8"), (1, 1, 2, 2, "int8"), (1, 1, 2, 2, "int4")],
+    ],
 )
 def test_experts_change_places_between_steps(
-    ranks: Ranks, references: dict[str, Reference], tp: int, pp: int, ep: int, dp_attention: int
+    ranks: Ranks,
+    references: dict[str, Reference],
+    tp: int,
+    pp: int,
+    ep: int,
+    dp_attention: int,
+    quantization: Quantization,
 ) -> None:
     reference = references["qwen3-mlp-only"]
     now = {layer: placement(layer, ep, 4) for layer in (1, 2)}
@@ -218,7 +229,8 @@ def test_experts_change_places_between_steps(
         moves.setdefault(step, []).append(MoveExperts(layer=layer, slots=slots))
         num_moved += sum(len(set(new) - set(own)) for own, new in zip(now[layer], slots, strict=True))
         now[layer] = slots
-    lives = reference.check(ranks, plan, moves)
+    tolerance = {"none": TOLERANCE, "int8": 0.1, "int4": 1.0}[quantization]
+    lives = reference.check(ranks, plan, moves, tolerance=tolerance, quantization=quantization)
     assert num_moved > 0
     assert sum(life.num_moved for life in lives) == num_moved * plan.expert_tp
 

@@ -19,13 +19,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 OPTIONS = {"dtype": "float32", "kv_cache_memory": "32MiB", "max_num_seqs": 4, "max_model_len": 256}
 
 
-def answers(model: Path) -> list[tuple[int, ...]]:
-    with LLM(str(model), **OPTIONS) as llm:
+def answers(model: Path, quantization: str = "none") -> list[tuple[int, ...]]:
+    with LLM(str(model), quantization=quantization, **OPTIONS) as llm:
         return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
-def test_equal_experts_say_what_the_dense_model_says(demo_gguf: Path, upcycled_demo: Path) -> None:
-    assert answers(upcycled_demo) == answers(demo_gguf)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_equal_experts_say_what_the_dense_model_says(demo_gguf: Path, upcycled_demo: Path, quantization: str) -> None:
+    assert answers(upcycled_demo, quantization) == answers(demo_gguf, quantization)
 
 
 @pytest.fixture(scope="module")

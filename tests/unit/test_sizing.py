@@ -62,7 +62,6 @@ def test_quantization_reaches_the_ranks() -> None:
     [
         ("Qwen/Qwen3-8B", "1xH100-80G", {}, "is for CPUs, and there are GPUs"),
         ("Qwen/Qwen3-8B", "1xcpu-64G", {"dtype": "fp8"}, "and dtype fp8 exclude each other"),
-        ("Qwen/Qwen3-30B-A3B", "1xcpu-256G", {}, "is for dense models"),
     ],
 )
 def test_quantization_that_nothing_computes_is_refused(

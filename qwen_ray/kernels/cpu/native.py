@@ -17,7 +17,7 @@ import torch
 from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.cpu import experts
 from qwen_ray.kernels.cpu.library import Library
-from qwen_ray.kernels.quantized import PackedWeight
+from qwen_ray.kernels.quantized import Matrices, PackedStack, PackedWeight
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 AMX_ROWS = 16  # about so many take torch with AMX as long as the products here (estimated from figures of both)
@@ -221,11 +221,18 @@ class NativeKernels:
         return out
 
     def run_experts(
-        self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: Matrices,
+        down: Matrices,
     ) -> torch.Tensor:
         """As `reference.run_experts`."""
         if x.dtype is not self._dtype:
             return experts.run_experts(x, slots, weights, gate_up, down)
+        if isinstance(gate_up, PackedStack) or isinstance(down, PackedStack):
+            return experts.run_experts(x, slots, weights, gate_up, down, self.mlp)
         if x.stride(1) != 1:
             x = x.contiguous()
         num_tokens, top_k = slots.shape

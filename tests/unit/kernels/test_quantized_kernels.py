@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
-from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, make_room, quantize
+from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, make_room, make_stack, quantize, store
 from qwen_ray.kernels.registry import REFERENCE, Kernels
 
 LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
@@ -115,3 +115,27 @@ def test_bfloat16_and_what_is_not_finite(library: Library | None, kind: int) -> 
     assert not got[1:3].isfinite().any()
     expected = x[::3].float() @ dequantize(packed).t()
     torch.testing.assert_close(got[::3].float(), expected, atol=0.3, rtol=0.05)
+
+
+@pytest.mark.parametrize("library", [None, *LIBRARIES], ids=NAMES)
+@pytest.mark.parametrize("bits", [8, 4])
+@given(num_tokens=st.integers(0, 9), inner=st.integers(1, 70), absent=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=6, deadline=None)
+def test_experts(library: Library | None, bits: int, num_tokens: int, inner: int, absent: float) -> None:
+    num_slots, hidden, top_k = 5, 48, 2
+    gate_up, down = (make_stack(num_slots, bits, *shape) for shape in ((2 * inner, hidden), (hidden, inner)))
+    for slot in range(num_slots):
+        for stack in (gate_up, down):
+            store(stack[slot], 0, matrix(stack[slot].out_size, stack[slot].size + slot)[:, slot:] * 0.2)
+    random = torch.Generator().manual_seed(num_tokens)
+    x, weights = matrix(num_tokens, hidden), torch.rand(num_tokens, top_k, generator=random)
+    slots = torch.rand(num_tokens, num_slots, generator=random).topk(top_k).indices
+    slots = torch.where(torch.rand(num_tokens, top_k, generator=random) < absent, -1, slots)
+    run_experts = Kernels.on_cpu(library, torch.float32).run_experts
+    got = run_experts(x, slots, weights, gate_up, down)
+    wide = [torch.stack([dequantize(stack[slot]) for slot in range(num_slots)]) for stack in (gate_up, down)]
+    torch.testing.assert_close(got, REFERENCE.run_experts(x, slots, weights, *wide), atol=0.1, rtol=0.05)
+    for i in range(num_tokens):
+        own = slice(i, i + 1)
+        alone = run_experts(x[own], slots[own], weights[own], gate_up, down)[0]
+        torch.testing.assert_close(alone, got[i], atol=1e-5 if library is None else 0, rtol=0)
