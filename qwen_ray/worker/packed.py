@@ -22,8 +22,7 @@ from qwen_ray.kernels.quantized import GROUP, FourBits
 from qwen_ray.worker.stored import StoredTensor
 
 WORD_BITS = 32
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word, in fours of bits, its i-th number lies
-ROWS_AT_ONCE = 1024  # of a matrix: what lies beside it meanwhile stays small
+AT_ONCE = 2**25  # numbers of a matrix: what lies beside it meanwhile stays small
 MIDDLE = {4: 8, 8: 128}  # what stands for 0 where nothing else is said
 
 
@@ -104,13 +103,15 @@ class _Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """A matrix of numbers of `bits` bits in int32 words, whose numbers lie along dimension `axis`, lowest bits first
-    unless `order` says otherwise."""
+    """A matrix of numbers of `bits` bits in int32 words, whose numbers lie along dimension `axis`, lowest bits first.
+
+    `even_first`: of a word's eight numbers those with even places come first, as AWQ has it.
+    """
 
     stored: StoredTensor
     bits: int
     axis: int
-    order: tuple[int, ...] | None = None
+    even_first: bool = False
 
     def read(self, rows: Span, columns: Span) -> tuple[torch.Tensor, int]:
         """[rows, columns] uint8, and the bytes read."""
@@ -119,15 +120,32 @@ class Words:
         words = Span(own.start // in_word, ceil(own.stop / in_word))
         cut = (rows, words) if self.axis == 1 else (words, columns)
         part, num_bytes = self.stored.read(*cut, torch.int32)
-        part = part if self.axis == 1 else part.t()
-        numbers = part.reshape(-1).view(torch.uint8).view(part.shape[0], -1)
-        if self.bits == 4:
-            numbers = torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1)
-        if self.order is not None:
-            numbers = numbers.unflatten(1, (-1, in_word))[..., self.order].flatten(1)
+        part = part if self.axis == 1 else part.t().contiguous()
+        if self.bits == 8:
+            numbers = _bytes(part)
+        elif self.even_first:
+            numbers = _bytes(_by_places(part))
+        else:
+            numbers = torch.stack((_bytes(part & 0x0F0F0F0F), _bytes(part >> 4 & 0x0F0F0F0F)), dim=-1).flatten(1)
         skipped = own.start - words.start * in_word
         numbers = numbers[:, skipped : skipped + len(own)]
         return (numbers if self.axis == 1 else numbers.t()), num_bytes
+
+
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    """[n, m] int32 to [n, 4 m] uint8."""
+    return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
+
+
+def _by_places(words: torch.Tensor) -> torch.Tensor:
+    """AWQ's words [n, m], of numbers 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on, to [n, 2 m] of four bytes each.
+
+    Bytes of a word are numbers 0 4 1 5 in their low halves and 2 6 3 7 in their high ones.
+    """
+    low, high = words & 0x0F0F0F0F, words >> 4 & 0x0F0F0F0F
+    pairs = [(both & 0x00FF00FF) for both in (low, high, low >> 8, high >> 8)]  # 0 1, 2 3, 4 5, 6 7, a byte apart
+    close = [(pair | pair >> 8) & 0xFFFF for pair in pairs]
+    return torch.stack((close[0] | close[1] << 16, close[2] | close[3] << 16), dim=-1).flatten(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +178,13 @@ class GroupedMatrix:
 
         def widened(piece: Span) -> tuple[torch.Tensor, int]:
             numbers, scales, zeros, group_of, num_bytes = self._read(piece, columns)
-            return (numbers.float() - zeros[:, group_of]).mul_(scales[:, group_of]), num_bytes
+            wide = numbers.float()
+            groups, counts = group_of.unique_consecutive(return_counts=True)
+            if len(groups) > scales.shape[1]:  # not side by side
+                return wide.sub_(zeros[:, group_of]).mul_(scales[:, group_of]), num_bytes
+            for part, group in zip(wide.split(counts.tolist(), dim=1), groups.tolist(), strict=True):
+                part.sub_(zeros[:, group, None]).mul_(scales[:, group, None])
+            return wide, num_bytes
 
         return _by_pieces(widened, rows, columns, dtype)
 
@@ -170,7 +194,7 @@ class GroupedMatrix:
             return None, 0
         num_bytes = 0
         pieces: list[FourBits] = []
-        for piece in _pieces(rows):
+        for piece in _pieces(rows, columns):
             numbers, scales, zeros, group_of, piece_bytes = self._read(piece, columns)
             num_bytes += piece_bytes
             group_of = F.pad(group_of, (0, -len(columns) % GROUP), value=int(group_of[-1])).view(-1, GROUP)
@@ -207,7 +231,7 @@ class GroupedMatrix:
         if not self.is_turned:
             return read(rows, columns)
         part, num_bytes = read(columns, rows)
-        return part.t(), num_bytes
+        return part.t().contiguous(), num_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,9 +298,9 @@ def _awq(parts: _Parts, packed: PackedFormat) -> GroupedMatrix:
     zeros = parts.shaped("qzeros", num_groups, words.shape[-1])
     return GroupedMatrix(
         shape=(out_size, in_size),
-        numbers=Words(stored=words, bits=packed.bits, axis=1, order=AWQ_ORDER),
+        numbers=Words(stored=words, bits=packed.bits, axis=1, even_first=True),
         scales=parts.shaped("scales", num_groups, out_size),
-        zeros=Words(stored=zeros, bits=packed.bits, axis=1, order=AWQ_ORDER),
+        zeros=Words(stored=zeros, bits=packed.bits, axis=1, even_first=True),
         zero=0,
         is_turned=True,
     )
@@ -320,9 +344,10 @@ def _whole(shape: tuple[int, ...], rows: Span | None, columns: Span | None) -> t
     return Span(0, shape[0]) if rows is None else rows, Span(0, shape[1]) if columns is None else columns
 
 
-def _pieces(rows: Span) -> Iterator[Span]:
-    for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
-        yield Span(start, min(start + ROWS_AT_ONCE, rows.stop))
+def _pieces(rows: Span, columns: Span) -> Iterator[Span]:
+    at_once = max(64, AT_ONCE // len(columns))
+    for start in range(rows.start, rows.stop, at_once):
+        yield Span(start, min(start + at_once, rows.stop))
 
 
 def _by_pieces(
@@ -332,7 +357,7 @@ def _by_pieces(
     num_bytes = 0
     if not columns:
         return out, 0
-    for piece in _pieces(rows):
+    for piece in _pieces(rows, columns):
         part, more = read(piece)
         out[piece.start - rows.start : piece.stop - rows.start] = part
         num_bytes += more

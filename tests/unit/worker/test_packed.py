@@ -22,6 +22,7 @@ from qwen_ray.kernels.quantized import dequantize, make_room, store_as_they_are
 from qwen_ray.layers.matrix import Matrix
 from qwen_ray.models import registry
 from qwen_ray.parallel.groups import Groups
+from qwen_ray.worker import packed
 from qwen_ray.worker.weights import FileCheckpoint, open_checkpoint
 
 ROWS, COLUMNS = 48, 192
@@ -77,12 +78,32 @@ def test_what_lies_in_4_bits_is_kept_as_it_is(
         assert part is None or form == "gptq_act_order"  # a few columns may lie in one group by chance
         return
     assert part is not None
-    packed = make_room(4, len(rows), len(columns))
-    store_as_they_are(packed, 0, part)
+    room = make_room(4, len(rows), len(columns))
+    store_as_they_are(room, 0, part)
     wide = whole[rows.start : rows.stop, columns.start : columns.stop]
     # The least weight, zero times scale, has 11 bits: of a step the 128th part, at most.
     steps = part.scales.float().repeat_interleave(32, dim=1)[:, : len(columns)]
-    assert ((dequantize(packed) - wide).abs() <= steps / 128).all()
+    assert ((dequantize(room) - wide).abs() <= steps / 128).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_matrices_are_read_in_pieces(tmp_path: Path, form: str) -> None:
+    parts, whole = FORMS[form](160, COLUMNS, 7)
+    save_file(
+        {NAME.removesuffix("weight") + last: part for last, part in parts.items()}, tmp_path / "model.safetensors"
+    )
+    one = opened(tmp_path, form)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "AT_ONCE", 1)  # 64 rows
+        checkpoint = opened(tmp_path, form)
+        assert torch.equal(checkpoint.read(NAME, (160, COLUMNS)), whole)
+        kept = checkpoint.read_four_bits(NAME, (160, COLUMNS))
+    expected = one.read_four_bits(NAME, (160, COLUMNS))
+    assert (kept is None) == (expected is None) == (form not in KEPT)
+    if kept is not None and expected is not None:
+        assert torch.equal(kept.values, expected.values)
+        assert torch.equal(kept.scales, expected.scales)
+        assert torch.equal(kept.least, expected.least)
 
 
 @pytest.mark.parametrize("form", FORMS)
