@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `upcycled`
+sys.path.insert(0, str(Path(__file__).parent))  # for `upcycled` and `packed_forms`
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
+import torch
+from packed_forms import CONFIGS, awq_of
+from safetensors.torch import save_file
+from upcycled import write_tokenizer
 
 from qwen_ray import LLM, SamplingParams
+from qwen_ray.source.config_file import load_config
+from qwen_ray.worker.gguf import open_gguf
 
 TEXT = (Path(__file__).parent / "harbour.txt").read_text(encoding="utf-8")
 SCORE = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
@@ -35,3 +42,41 @@ def test_a_rounded_model_is_about_as_good(
     demo_gguf: Path, exact: float, dtype: str, quantization: str, limit: float
 ) -> None:
     assert perplexity(demo_gguf, dtype, quantization) == pytest.approx(exact, rel=limit)
+
+
+@pytest.fixture(scope="module")
+def awq_demo(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as AWQ's tools would write it."""
+    folder, config = tmp_path_factory.mktemp("awq-demo"), load_config(demo_gguf)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, stored in open_gguf(demo_gguf, config).items():
+        weight, _ = stored.read(None, None, torch.float32)
+        if name.endswith("_proj.weight"):
+            tensors |= {name.removesuffix("weight") + last: part for last, part in awq_of(weight).items()}
+        elif name != "lm_head.weight":  # the embedding's
+            tensors[name] = weight.half()
+    save_file(tensors, folder / "model.safetensors")
+    write_tokenizer(folder, demo_gguf)
+    raw = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+        "quantization_config": CONFIGS["awq"],
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_4_bits_that_stay_so_are_as_good_as_when_they_are_widened(awq_demo: Path, exact: float) -> None:
+    kept, widened = (perplexity(awq_demo, "float32", how) for how in ("auto", "none"))
+    assert kept == pytest.approx(widened, rel=0.02)
+    assert exact < widened < 2 * exact  # rounded twice, this time without a least value of its own to each group

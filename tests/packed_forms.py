@@ -73,13 +73,8 @@ def gptq(rows: int, columns: int, seed: int, *, less: int = 1, bits: int = 4, sh
 
 def awq(rows: int, columns: int, seed: int) -> tuple[Parts, torch.Tensor]:
     values, zeros, scales = numbers(rows, columns, -(-columns // 64), seed)
-    order, group_of = (0, 2, 4, 6, 1, 3, 5, 7), torch.arange(columns) // 64
-    parts = {
-        "qweight": words(values.t().contiguous(), order=order),
-        "qzeros": words(zeros.t().contiguous(), order=order),
-        "scales": scales.t().contiguous(),
-    }
-    return parts, (values - zeros[:, group_of]) * scales.float()[:, group_of]
+    group_of = torch.arange(columns) // 64
+    return awq_parts(values, zeros, scales), (values - zeros[:, group_of]) * scales.float()[:, group_of]
 
 
 def compressed(rows: int, columns: int, seed: int, *, has_zeros: bool = False) -> tuple[Parts, torch.Tensor]:
@@ -120,6 +115,25 @@ FORMS: dict[str, Form] = {
     "compressed_8": by_row,
     "fp8": fp8,
 }
+
+
+def awq_of(weight: torch.Tensor) -> Parts:
+    """A real matrix rounded to the nearest, each 64 columns of a row by themselves."""
+    groups = weight.unflatten(1, (-1, 64))
+    least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((most - least) / 15).clamp(min=1e-6).half()
+    zeros = (-least / scales).round().clamp(1, 15)
+    values = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15).flatten(1)
+    return awq_parts(values, zeros, scales)
+
+
+def awq_parts(values: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Parts:
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {
+        "qweight": words(values.t().contiguous(), order=order),
+        "qzeros": words(zeros.t().contiguous(), order=order),
+        "scales": scales.t().contiguous(),
+    }
 
 
 def packed_model(tensors: Parts, form: str) -> tuple[Parts, Parts]:
