@@ -43,14 +43,21 @@ def allocate(
     return num_bytes
 
 
-def hold(caches: Sequence[torch.Tensor], stop: threading.Event, is_idle: Callable[[], bool] = lambda: True) -> None:
-    """Have the system give the memory now, not when the first long request comes, unless `stop` is set before.
+def hold(
+    caches: Sequence[torch.Tensor],
+    stop: threading.Event,
+    is_idle: Callable[[], bool] = lambda: True,
+    after: float = 0.0,
+) -> None:
+    """Have the system give the memory in `after` seconds, not when the first long request comes, unless `stop` is set.
 
     In any thread: what is written to the cache meanwhile stays. The first blocks come first, in all of `caches`. Rests
     as long as it works, and while others compute far longer, for it takes their bandwidth and nobody waits for it: a GB
     takes 0.4 s, on a virtual machine whose host gives memory slowly ten times that.
     """
     if sys.platform != "linux":
+        return
+    if stop.wait(after):
         return
     page = os.sysconf("SC_PAGE_SIZE")
     libc = ctypes.CDLL(None, use_errno=True)

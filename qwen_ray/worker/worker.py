@@ -37,7 +37,8 @@ from qwen_ray.worker import kv_cache
 from qwen_ray.worker.runner import Runner
 from qwen_ray.worker.weights import open_checkpoint
 
-CPU_WARM_UP_TOKENS = 128
+CPU_WARM_UP_TOKENS = 8
+HOLD_AFTER_SECONDS = 10.0  # others start beside this rank, and somebody waits for their first answer
 IDLE_SECONDS = 0.5  # after a step
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class Worker:
         weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._compiler = self._beside.submit(self._load_compiler)
         caches = [cache for attention in model.attentions for cache in attention.kv_cache]
-        self._beside.submit(kv_cache.hold, caches, self._closed, self._is_idle)
+        self._beside.submit(kv_cache.hold, caches, self._closed, self._is_idle, HOLD_AFTER_SECONDS)
         self._model = model
         self._runner = self._new_runner(model)
         self._stats = replace(
