@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "compressed": compressed_config("pack-quantized", 4),
     "compressed_zeros": compressed_config("pack-quantized", 4),
     "compressed_8": compressed_config("int-quantized", 8),
+    "compressed_fp8": compressed_config("float-quantized", 8),
     "fp8": {"quant_method": "fp8", "weight_block_size": [32, 48]},
 }
 # Whose groups of columns are whole groups of ours.
@@ -96,6 +97,13 @@ def by_row(rows: int, columns: int, seed: int) -> tuple[Parts, torch.Tensor]:
     return {"weight": values.to(torch.int8), "weight_scale": scales.bfloat16()}, values * scales.bfloat16().float()
 
 
+def fp8_by_row(rows: int, columns: int, seed: int) -> tuple[Parts, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn)
+    scales = torch.rand(rows, 1, generator=random).bfloat16() + 0.01
+    return {"weight": values, "weight_scale": scales}, values.float() * scales.float()
+
+
 def fp8(rows: int, columns: int, seed: int) -> tuple[Parts, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn)
@@ -113,6 +121,7 @@ FORMS: dict[str, Form] = {
     "compressed": compressed,
     "compressed_zeros": lambda rows, columns, seed: compressed(rows, columns, seed, has_zeros=True),
     "compressed_8": by_row,
+    "compressed_fp8": fp8_by_row,
     "fp8": fp8,
 }
 
