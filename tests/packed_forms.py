@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from qwen_ray.kernels.quantized import FourBits, dequantize, make_room, store_as_they_are
+
 Parts = dict[str, torch.Tensor]
 Form = Callable[[int, int, int], tuple[Parts, torch.Tensor]]  # (rows, columns, seed)
 
@@ -143,6 +145,13 @@ def awq_parts(values: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -
         "qzeros": words(zeros.t().contiguous(), order=order),
         "scales": scales.t().contiguous(),
     }
+
+
+def in_float(part: FourBits) -> torch.Tensor:
+    """What a rank computes with when it keeps them."""
+    packed = make_room(4, *part.values.shape)
+    store_as_they_are(packed, 0, part)
+    return dequantize(packed)
 
 
 def packed_model(tensors: Parts, form: str) -> tuple[Parts, Parts]:

@@ -71,13 +71,9 @@ def noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
-def to_moe(config: ModelConfig, num_experts: int, top_k: int) -> dict[str, Any]:
-    """config.json of the dense `config` with experts in place of its MLPs."""
-    assert config.rope.kind == "default", "the demo model's"
-    assert not config.qkv_bias, "a Llama's"
+def shape_of(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of the demo model, whatever is made of it."""
     return {
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -89,6 +85,17 @@ def to_moe(config: ModelConfig, num_experts: int, top_k: int) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope.theta,
         "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+def to_moe(config: ModelConfig, num_experts: int, top_k: int) -> dict[str, Any]:
+    """config.json of the dense `config` with experts in place of its MLPs."""
+    assert config.rope.kind == "default", "the demo model's"
+    assert not config.qkv_bias, "a Llama's"
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        **shape_of(config),
         "qkv_bias": False,
         "use_sliding_window": False,
         "num_experts": num_experts,

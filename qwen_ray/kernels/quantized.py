@@ -82,10 +82,6 @@ class FourBits:
     scales: torch.Tensor  # [n, in / GROUP, rounded up] float16
     least: torch.Tensor  # as the scales
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.values, self.scales, self.least))
-
 
 def make_room(bits: int, out_size: int, size: int, group: int = GROUP) -> PackedWeight:
     """For a matrix that `store` will fill. Raises ValueError for a group of 4-bit weights that is not one of GROUPS."""

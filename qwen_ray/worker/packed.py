@@ -19,7 +19,7 @@ from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.packed_format import PackedFormat
 from qwen_ray.core.plan import Span
 from qwen_ray.kernels.quantized import GROUP, FourBits
-from qwen_ray.worker.stored import StoredTensor
+from qwen_ray.worker.stored import StoredTensor, in_pieces
 
 WORD_BITS = 32
 AT_ONCE = 2**25  # numbers of a matrix: what lies beside it meanwhile stays small
@@ -176,41 +176,49 @@ class GroupedMatrix:
     def read(self, rows: Span | None, columns: Span | None, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         rows, columns = _whole(self.shape, rows, columns)
 
+        group_of, own_bytes = self._groups(columns)
+        groups, counts = group_of.unique_consecutive(return_counts=True)
+
         def widened(piece: Span) -> tuple[torch.Tensor, int]:
-            numbers, scales, zeros, group_of, num_bytes = self._read(piece, columns)
+            numbers, scales, zeros, num_bytes = self._read(piece, columns)
             wide = numbers.float()
-            groups, counts = group_of.unique_consecutive(return_counts=True)
             if len(groups) > scales.shape[1]:  # not side by side
                 return wide.sub_(zeros[:, group_of]).mul_(scales[:, group_of]), num_bytes
             for part, group in zip(wide.split(counts.tolist(), dim=1), groups.tolist(), strict=True):
                 part.sub_(zeros[:, group, None]).mul_(scales[:, group, None])
             return wide, num_bytes
 
-        return _by_pieces(widened, rows, columns, dtype)
+        out, num_bytes = _by_pieces(widened, rows, columns, dtype)
+        return out, num_bytes + own_bytes
 
     def read_four_bits(self, rows: Span | None, columns: Span | None) -> tuple[FourBits | None, int]:
         rows, columns = _whole(self.shape, rows, columns)
         if self.numbers.bits != 4 or not rows or not columns:
             return None, 0
-        num_bytes = 0
-        pieces: list[FourBits] = []
+        group_of, num_bytes = self._groups(columns)
+        group_of = F.pad(group_of, (0, -len(columns) % GROUP), value=int(group_of[-1])).view(-1, GROUP)
+        first = group_of[:, 0]
+        if (group_of != first[:, None]).any():
+            return None, num_bytes
+        parts: list[tuple[torch.Tensor, ...]] = []
         for piece in _pieces(rows, columns):
-            numbers, scales, zeros, group_of, piece_bytes = self._read(piece, columns)
-            num_bytes += piece_bytes
-            group_of = F.pad(group_of, (0, -len(columns) % GROUP), value=int(group_of[-1])).view(-1, GROUP)
-            first = group_of[:, 0]
-            if (group_of != first[:, None]).any():
-                return None, num_bytes
-            scales, least = scales[:, first], (-zeros * scales)[:, first]
-            pieces.append(FourBits(values=numbers, scales=scales.half(), least=least.half()))
-        parts = (torch.cat([getattr(piece, part) for piece in pieces]) for part in ("values", "scales", "least"))
-        values, scales, least = parts
+            numbers, scales, zeros, more = self._read(piece, columns)
+            num_bytes += more
+            parts.append((numbers, scales[:, first].half(), (-zeros * scales)[:, first].half()))
+        values, scales, least = map(torch.cat, zip(*parts, strict=True))
         return FourBits(values=values, scales=scales, least=least), num_bytes
 
-    def _read(self, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """Numbers [rows, columns], scales and zeros [rows, groups] float32, each column's group; the bytes read."""
-        num_groups = self.scales.shape[0 if self.is_turned else 1]
-        every = Span(0, num_groups)
+    def _groups(self, columns: Span) -> tuple[torch.Tensor, int]:
+        """The group of each column, and the bytes read."""
+        if self.group_of is None:
+            size = ceil(self.shape[1] / self.scales.shape[0 if self.is_turned else 1])
+            return torch.arange(columns.start, columns.stop) // size, 0
+        group_of, num_bytes = self.group_of.read(columns, None, torch.int32)
+        return group_of.long(), num_bytes
+
+    def _read(self, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Numbers [rows, columns], scales and zeros [rows, groups] float32; the bytes read."""
+        every = Span(0, self.scales.shape[0 if self.is_turned else 1])
         numbers, num_bytes = self._turned(self.numbers.read, rows, columns)
         scales, more = self._turned(lambda a, b: self.scales.read(a, b, torch.float32), rows, every)
         num_bytes += more
@@ -219,11 +227,7 @@ class GroupedMatrix:
             stored, more = self._turned(self.zeros.read, rows, every)
             zeros += stored
             num_bytes += more
-        if self.group_of is None:
-            size = ceil(self.shape[1] / num_groups)
-            return numbers, scales, zeros, torch.arange(columns.start, columns.stop) // size, num_bytes
-        group_of, more = self.group_of.read(columns, None, torch.int32)
-        return numbers, scales, zeros, group_of.long(), num_bytes + more
+        return numbers, scales, zeros, num_bytes
 
     def _turned(
         self, read: Callable[[Span, Span], tuple[torch.Tensor, int]], rows: Span, columns: Span
@@ -345,9 +349,7 @@ def _whole(shape: tuple[int, ...], rows: Span | None, columns: Span | None) -> t
 
 
 def _pieces(rows: Span, columns: Span) -> Iterator[Span]:
-    at_once = max(64, AT_ONCE // len(columns))
-    for start in range(rows.start, rows.stop, at_once):
-        yield Span(start, min(start + at_once, rows.stop))
+    return in_pieces(rows, max(64, AT_ONCE // len(columns)))
 
 
 def _by_pieces(

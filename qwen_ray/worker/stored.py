@@ -153,7 +153,7 @@ class StoredTensor:
         needed = self.block.bytes_needed(columns)
         covering = self.block.covering(columns).scaled(self.block.num_bytes)
         with self.path.open("rb", buffering=0) as file:
-            for piece in _pieces(rows, max(1, PIECE_BYTES // max(1, len(covering)))):
+            for piece in in_pieces(rows, max(1, PIECE_BYTES // max(1, len(covering)))):
                 yield piece, self._read_rows(file.fileno(), piece, covering, needed)
 
     def _read_rows(self, descriptor: int, rows: Span, covering: Span, needed: list[Span]) -> bytearray:
@@ -179,7 +179,8 @@ class StoredTensor:
             view, offset = view[count:], offset + count
 
 
-def _pieces(rows: Span, size: int) -> Iterator[Span]:
+def in_pieces(rows: Span, size: int) -> Iterator[Span]:
+    """Of `size` rows, the last perhaps of fewer."""
     for start in range(rows.start, rows.stop, size):
         yield Span(start, min(start + size, rows.stop))
 

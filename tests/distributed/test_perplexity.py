@@ -10,7 +10,7 @@ import pytest
 import torch
 from packed_forms import CONFIGS, awq_of
 from safetensors.torch import save_file
-from upcycled import write_tokenizer
+from upcycled import shape_of, write_tokenizer
 
 from qwen_ray import LLM, SamplingParams
 from qwen_ray.source.config_file import load_config
@@ -57,21 +57,7 @@ def awq_demo(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors[name] = weight.half()
     save_file(tensors, folder / "model.safetensors")
     write_tokenizer(folder, demo_gguf)
-    raw = {
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float16",
-        "quantization_config": CONFIGS["awq"],
-    }
+    raw = {"model_type": "llama", "torch_dtype": "float16", "quantization_config": CONFIGS["awq"], **shape_of(config)}
     (folder / "config.json").write_text(json.dumps(raw))
     return folder
 

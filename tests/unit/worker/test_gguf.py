@@ -13,13 +13,14 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_forms import in_float
 from tiny_models import CPU, LLAMA, QWEN2, load_shard, random_tensors, to_gguf_name, write_gguf
 
 from qwen_ray.core.errors import CheckpointError
 from qwen_ray.core.model_config import ModelConfig, RopeConfig
 from qwen_ray.core.plan import ParallelPlan, Span
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
-from qwen_ray.kernels.quantized import dequantize, make_room, store_as_they_are
+from qwen_ray.kernels.quantized import dequantize
 from qwen_ray.layers.matrix import Matrix
 from qwen_ray.models import registry
 from qwen_ray.parallel.groups import Groups
@@ -128,13 +129,11 @@ def test_what_lies_in_4_bits_is_kept_as_it_is(
         assert part is None
         return
     assert part is not None
-    packed = make_room(4, len(rows), len(columns))
-    store_as_they_are(packed, 0, part)
     wide = whole[rows.start : rows.stop, columns.start : columns.stop]
     # Scales of Q4_K, 6 bits times a half float, have 11 bits then; the others' are those of the file.
     steps = part.scales.float().repeat_interleave(32, dim=1)[:, : len(columns)]
     bound = (steps * 15 + wide.abs()) / 1024 if kind == GgmlType.Q4_K else torch.zeros(())
-    assert ((dequantize(packed) - wide).abs() <= bound).all()
+    assert ((in_float(part) - wide).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.name)

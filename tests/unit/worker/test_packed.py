@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_forms import CONFIGS, FORMS, KEPT, packed_model
+from packed_forms import CONFIGS, FORMS, KEPT, in_float, packed_model
 from safetensors.torch import save_file
 from tiny_models import CPU, QWEN2, load_shard, random_tensors, write_safetensors
 
 from qwen_ray.core.errors import CheckpointError
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, MoeConfig
 from qwen_ray.core.packed_format import packed_format
 from qwen_ray.core.plan import ParallelPlan, Span
-from qwen_ray.kernels.quantized import dequantize, make_room, store_as_they_are
-from qwen_ray.layers.matrix import Matrix
+from qwen_ray.kernels.quantized import dequantize
+from qwen_ray.layers.matrix import Matrix, MatrixStack
 from qwen_ray.models import registry
 from qwen_ray.parallel.groups import Groups
 from qwen_ray.worker import packed
@@ -27,6 +27,13 @@ from qwen_ray.worker.weights import FileCheckpoint, open_checkpoint
 
 ROWS, COLUMNS = 48, 192
 MLP = "model.layers.0.mlp"
+MOE = replace(
+    QWEN2,
+    architecture="qwen3_moe",
+    qkv_bias=False,
+    qk_norm=True,
+    moe=MoeConfig(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True),
+)
 NAME, SHAPE = "model.layers.0.mlp.up_proj.weight", (ROWS, COLUMNS)
 
 
@@ -78,12 +85,10 @@ def test_what_lies_in_4_bits_is_kept_as_it_is(
         assert part is None or form == "gptq_act_order"  # a few columns may lie in one group by chance
         return
     assert part is not None
-    room = make_room(4, len(rows), len(columns))
-    store_as_they_are(room, 0, part)
     wide = whole[rows.start : rows.stop, columns.start : columns.stop]
     # The least weight, zero times scale, has 11 bits: of a step the 128th part, at most.
     steps = part.scales.float().repeat_interleave(32, dim=1)[:, : len(columns)]
-    assert ((dequantize(room) - wide).abs() <= steps / 128).all()
+    assert ((in_float(part) - wide).abs() <= steps / 128).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -140,6 +145,42 @@ def test_a_rank_in_int4_holds_what_the_checkpoint_does(tmp_path: Path, form: str
             assert matrix.packed is not None
             steps = matrix.packed.scales.amax().float()
             assert ((dequantize(matrix.packed) - expected).abs() <= steps / 128).all()
+
+
+def with_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each MLP's matrices once for each of MOE's experts, and what else its layers have."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        of_experts = [name.replace(".mlp.", f".mlp.experts.{expert}.") for expert in range(3)]
+        found |= {own: tensor + i for i, own in enumerate(of_experts)} if ".mlp." in name else {name: tensor}
+    for layer in range(MOE.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        found[f"{prefix}.mlp.gate.weight"] = torch.randn(3, MOE.hidden_size)
+        found |= {f"{prefix}.self_attn.{name}_norm.weight": torch.ones(MOE.head_dim) for name in ("q", "k")}
+    return found
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "fp8"])
+def test_experts_too(tmp_path: Path, form: str) -> None:
+    stored, wide = packed_model(with_experts(random_tensors(MOE)), form)
+    path, plain = write_safetensors(tmp_path / "packed", stored), write_safetensors(tmp_path / "plain", wide)
+    config_of_form = replace(MOE, packed=packed_format(CONFIGS[form], "config.json"))
+    for shard in ParallelPlan.of(MOE, tp=2, ep=2).shards(MOE):
+        model = load_shard(config_of_form, shard, open_checkpoint(path, config_of_form, torch.float32))
+        expected = load_shard(MOE, shard, open_checkpoint(plain, MOE, torch.float32))
+        for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(one, other), name
+        kept = registry.build(MOE, shard, Groups(shard, CPU), CPU, torch.float32, max_len=16, quantization="int4")
+        kept.load(open_checkpoint(path, config_of_form, torch.float32))
+        for name in ("gate_up", "down"):
+            stack, whole = (each.get_submodule(f"layers.0.mlp.experts.{name}") for each in (kept, expected))
+            assert isinstance(stack, MatrixStack)
+            assert isinstance(whole, MatrixStack)
+            assert stack.packed is not None
+            assert whole.weight is not None
+            off = torch.stack([dequantize(matrix) for matrix in stack.packed.matrices]) - whole.weight
+            rounded = 1 / 128 if form in KEPT else 0.51  # of a step
+            assert off.abs().max() <= stack.packed.tensors[1].amax().float() * rounded
 
 
 def test_a_bias_that_matters_is_not_left_out(tmp_path: Path) -> None:
