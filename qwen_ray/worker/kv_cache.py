@@ -23,6 +23,8 @@ MADV_HUGEPAGE = 14
 MADV_POPULATE_WRITE = 23  # Linux 5.14: as if every page had been written to, without changing what is in it
 PART = 2**21  # bytes at a time: meanwhile no other thread can get memory of its own
 BUSY_REST = 20.0  # times as long as it worked, while others compute: 5 % of one core's bandwidth, and over in minutes
+PATIENCE_SECONDS = 60.0  # in which only the time is used in which nobody computes
+CHECK_SECONDS = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,10 @@ def hold(
 ) -> None:
     """Have the system give the memory in `after` seconds, not when the first long request comes, unless `stop` is set.
 
-    In any thread: what is written to the cache meanwhile stays. The first blocks come first, in all of `caches`. Rests
-    as long as it works, and while others compute far longer, for it takes their bandwidth and nobody waits for it: a GB
-    takes 0.4 s, on a virtual machine whose host gives memory slowly ten times that.
+    In any thread: what is written to the cache meanwhile stays. The first blocks come first, in all of `caches`. It
+    takes the bandwidth of those who compute, and nobody waits for it: at first it waits until they are idle, and when
+    its patience is over it rests far longer than it works. A GB takes 0.4 s, on a virtual machine whose host gives
+    memory slowly ten times that.
     """
     if sys.platform != "linux":
         return
@@ -68,11 +71,14 @@ def hold(
     ends = {tensor.data_ptr() // page * page: tensor.data_ptr() + tensor.nbytes for tensor in caches if tensor.is_cpu}
     for start, end in ends.items():
         advise(start, end - start, MADV_HUGEPAGE)  # where there are none, the others do
+    patient_until = time.perf_counter() + PATIENCE_SECONDS
     for part in range(0, max((end - start for start, end in ends.items()), default=0), PART):
         for start, end in ends.items():
             if start + part >= end:
                 continue
-            started = time.perf_counter()
+            while (started := time.perf_counter()) < patient_until and not is_idle():
+                if stop.wait(CHECK_SECONDS):
+                    return
             if not advise(start + part, min(PART, end - start - part), MADV_POPULATE_WRITE):
                 logger.info("the KV cache is not held from the start: %s", os.strerror(ctypes.get_errno()))
                 return

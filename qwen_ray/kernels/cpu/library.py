@@ -1,6 +1,6 @@
 """Our kernels in C++: compiled on first use for the instructions that this machine has, kept, and loaded.
 
-One call of `g++` of some ten seconds, for the sources beside this file; the result lies in `built/` beside them, or
+Some ten seconds of `g++` for the sources beside this file, on all cores; the result lies in `built/` beside them, or
 under `~/.cache/qwen-ray/kernels` where that cannot be written, under a name made of the instruction set and a hash of
 sources and flags. Why so, and not at `pip install`:
 
@@ -19,15 +19,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import hashlib
 import logging
+import os
 import platform
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +40,7 @@ from typing import Any
 SOURCES = Path(__file__).parent
 COMPILERS = ("g++", "c++")
 COMPILE_SECONDS = 300  # then it is given up
-FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
 CPU_INFO = Path("/proc/cpuinfo")
 
 logger = logging.getLogger(__name__)
@@ -137,7 +141,10 @@ def find(variant: Variant) -> Path | None:
 
 
 def build(variant: Variant) -> Path:
-    """Compile. Several processes may do so at once: a file appears whole or not at all. Raises BuildError."""
+    """Compile, unless another process has just done so: one at a time. A file appears whole or not at all.
+
+    Raises BuildError.
+    """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise BuildError("there is no C++ compiler (Debian, Ubuntu: apt-get install g++).")
@@ -145,31 +152,50 @@ def build(variant: Variant) -> Path:
     for folder in folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as room:
-                made = Path(room) / variant.file_name
-                _compile(compiler, variant, made)
-                return made.replace(folder / variant.file_name)
+            file = folder / variant.file_name
+            with _locked(folder):
+                if not file.is_file():
+                    with tempfile.TemporaryDirectory(dir=folder) as room:
+                        _compile(compiler, variant, Path(room) / "kernels.so").replace(file)
+            return file
         except OSError as error:
             errors.append(str(error))
     raise BuildError(f"nowhere to put what is compiled: {'; '.join(errors)}.")
 
 
-def _compile(compiler: str, variant: Variant, target: Path) -> None:
-    sources = map(str, sorted(SOURCES.glob("*.cpp")))
-    begun = time.perf_counter()
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        answer = subprocess.run(
-            [compiler, *FLAGS, *variant.flags, "-o", str(target), *sources],
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} took longer than {COMPILE_SECONDS} s.") from error
-    if answer.returncode != 0:
-        raise BuildError(f"{compiler} failed: {answer.stderr.strip()[-500:]}")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)  # which lets go
+
+
+def _compile(compiler: str, variant: Variant, target: Path) -> Path:
+    begun = time.perf_counter()
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+    flags = [*FLAGS, *variant.flags]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for made in [
+            pool.submit(_run, compiler, *flags, "-c", "-o", to, source)
+            for source, to in zip(sources, objects, strict=True)
+        ]:
+            made.result()
+    _run(compiler, *flags, "-shared", "-o", target, *objects)
     logger.info("compiled kernels for %s in %.1f s", variant.name, time.perf_counter() - begun)
+    return target
+
+
+def _run(*command: str | Path) -> None:
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} took longer than {COMPILE_SECONDS} s.") from error
+    if answer.returncode != 0:
+        raise BuildError(f"{command[0]} failed: {answer.stderr.strip()[-500:]}")
 
 
 def main() -> None:

@@ -41,7 +41,8 @@ def test_whoever_closes_need_not_wait_for_all_of_it() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is given as it is used")
-def test_the_first_blocks_of_all_come_first_and_others_are_let_compute() -> None:
+def test_the_first_blocks_of_all_come_first_and_others_are_let_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "PATIENCE_SECONDS", 0.0)
     caches = [torch.from_numpy(np.zeros(64 * 2**20, dtype=np.uint8)) for _ in range(2)]
     stop = threading.Event()
     looks = 0
@@ -61,3 +62,23 @@ def test_the_first_blocks_of_all_come_first_and_others_are_let_compute() -> None
     for cache in caches:
         cache[: 7 * 2**20] = 1
     assert resident() - given < 6 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is given as it is used")
+def test_at_first_nothing_is_taken_from_those_who_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "CHECK_SECONDS", 0.001)
+    cache = torch.from_numpy(np.zeros(64 * 2**20, dtype=np.uint8))
+    stop = threading.Event()
+    looks = 0
+
+    def is_idle() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            stop.set()
+        return False
+
+    before = resident()
+    kv_cache.hold([cache], stop, is_idle)
+    assert looks == 20
+    assert resident() - before < 2**20
