@@ -32,6 +32,8 @@ INTERMEDIATE_UNIT = 32
 #                  default     20000       5000        1000        PASSIVE     1 thread
 #     quiet        18.8 / 61   18.7 / 57   13.6 / 34   10.7 / 28   8.1 / 29    11.3 / 33
 #     one busy                 5.4 / 37    9.0 / 27    10.7 / 32   11.6 / 32   11.2 / 33
+# (Since then our kernels for few rows meet at barriers of their own, which soon let others run, see kernels/cpu/team.h:
+# what is said here goes for torch's operations, and for the start and the end of each of our calls.)
 # And torch takes memory in pages of 2 MiB where the system lets it: a step of Qwen2.5-0.5B (bfloat16, one sequence)
 # took 3 to 8 % less, medians of five alternated runs.
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000", "THP_MEM_ALLOC_ENABLE": "1"}

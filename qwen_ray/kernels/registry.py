@@ -5,7 +5,7 @@ Knows devices. Everything behind a name here does exactly what `reference.py` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,38 +19,71 @@ if TYPE_CHECKING:
     from qwen_ray.kernels.cpu.library import Library
 
 
-class LayerKernels(Protocol):
-    """Parts of a layer at once: what stands between its kernels costs more than they do, where x has few rows.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionWeights:
+    """This rank's part of an attention layer. Matrices are as they are, or packed."""
 
-    Matrices are as they are, or packed; results are this rank's part of the sum over tensor ranks, to the last bit what
-    the single kernels give.
+    qkv: torch.Tensor | PackedWeight  # [(heads + 2 KV heads) D, hidden]
+    bias: torch.Tensor | None  # of these
+    norms: tuple[torch.Tensor, torch.Tensor] | None  # of q and k, each [D]
+    eps: float
+    scale: float
+    kv_cache: tuple[torch.Tensor, torch.Tensor]  # each [blocks, block size, KV heads, D]
+    o: torch.Tensor | PackedWeight  # [hidden, heads * D]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpWeights:
+    """This rank's part of a gated MLP. Matrices are as they are, or packed."""
+
+    gate_up: torch.Tensor | PackedWeight  # [2 I, hidden]
+    down: torch.Tensor | PackedWeight  # [hidden, I]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """A dense layer, and the norms [hidden] of what its two parts are given; all have the same eps."""
+
+    attention_norm: torch.Tensor
+    attention: AttentionWeights
+    mlp_norm: torch.Tensor
+    mlp: MlpWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where a step's T tokens are: the same for all layers."""
+
+    cos: torch.Tensor  # [T, D / 2], of the rotary angles
+    sin: torch.Tensor
+    slots: torch.Tensor  # [T], of keys and values
+    plan: Any  # of Kernels.plan_attention
+
+
+class LayerKernels(Protocol):
+    """Layers at once, or parts of one: what stands between kernels costs more than they do, where x has few rows.
+
+    To the last bit what the single kernels give. Of parts, results are this rank's part of the sum over tensor ranks.
     """
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether these are for x [T, hidden]; if not, the single kernels are."""
         ...
 
-    def mlp(
-        self, x: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight
-    ) -> torch.Tensor:
-        """[T, hidden] to [T, hidden], with gate_up [2 I, hidden] and down [hidden, I]."""
+    def mlp(self, x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]."""
         ...
 
-    def attention(
-        self,
-        x: torch.Tensor,
-        qkv: torch.Tensor | PackedWeight,
-        bias: torch.Tensor | None,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
-        slots: torch.Tensor,
-        plan: Any,
-        scale: float,
-        o: torch.Tensor | PackedWeight,
-    ) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]; `norms` of q and k, `angles` cosines and sines. Stores keys and values."""
+    def attention(self, x: torch.Tensor, weights: AttentionWeights, places: Places) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]. Stores keys and values."""
+        ...
+
+    def prepare_layers(self, layers: Sequence[LayerWeights]) -> Any:
+        """Layers that follow each other, all of the same sizes, for `layers`. Keeps hold of their tensors."""
+        ...
+
+    def layers(self, x: torch.Tensor, prepared: Any, places: Places) -> torch.Tensor:
+        """[T, hidden] to [T, hidden], with nothing to add up over ranks in between. Stores keys and values."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Grouped-query attention over a paged KV cache.
 
 Knows its own heads and where its cache lies. The cache itself is made and owned by the worker, which sets `kv_cache`
-before the first forward pass.
+once, before the first forward pass.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.kernels.registry import AttentionWeights, Places
 from qwen_ray.layers.batch import LayerStep
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -46,36 +47,35 @@ class Attention(nn.Module):
         if x.shape[0] == 0:
             return x
         at_once = self._kernels.of_layers
-        if at_once is None or not at_once.takes(x):
-            return self.o_proj(self._attend(x, step))
+        if at_once is not None and at_once.takes(x):
+            return self.o_proj.all_reduce(at_once.attention(x, self.weights, step.places))
+        return self.o_proj(self._attend(x, step.places))
+
+    @property
+    def weights(self) -> AttentionWeights:
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight
-        out = at_once.attention(
-            x,
-            self.qkv_proj.held,
-            self.qkv_proj.bias,
-            norms,
-            self._eps,
-            (step.cos, step.sin),
-            self.kv_cache,
-            step.slots,
-            step.plan,
-            self._scale,
-            self.o_proj.held,
+        return AttentionWeights(
+            qkv=self.qkv_proj.held,
+            bias=self.qkv_proj.bias,
+            norms=norms,
+            eps=self._eps,
+            scale=self._scale,
+            kv_cache=self.kv_cache,
+            o=self.o_proj.held,
         )
-        return self.o_proj.all_reduce(out)
 
-    def _attend(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, places: Places) -> torch.Tensor:
         """[T, hidden] to [T, this rank's heads * head_dim]."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # each [T, heads, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self._kernels.rotate(q, k, step.cos, step.sin)
+        q, k = self._kernels.rotate(q, k, places.cos, places.sin)
         k_cache, v_cache = self.kv_cache
-        self._kernels.store_kv(k, v, k_cache, v_cache, step.slots)
-        out = self._kernels.paged_attention(q, k_cache, v_cache, step.plan, self._scale)
+        self._kernels.store_kv(k, v, k_cache, v_cache, places.slots)
+        out = self._kernels.paged_attention(q, k_cache, v_cache, places.plan, self._scale)
         return out.flatten(1)
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:

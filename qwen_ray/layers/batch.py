@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from qwen_ray.kernels.registry import Places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +38,7 @@ class ForwardBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerStep:
-    """What all layers of a rank share in a step: where tokens are, their rotary angles, where keys and values go."""
+    """What all layers of a rank share in a step."""
 
     positions: torch.Tensor  # [T]
-    cos: torch.Tensor  # [T, head_dim / 2]
-    sin: torch.Tensor
-    slots: torch.Tensor  # [T]
-    plan: Any  # of Kernels.plan_attention; None: there are no tokens
+    places: Places  # without a plan where there are no tokens

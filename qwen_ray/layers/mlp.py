@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qwen_ray.core.plan import Span
+from qwen_ray.kernels.registry import MlpWeights
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear
 from qwen_ray.layers.site import Site
@@ -28,8 +29,12 @@ class Mlp(nn.Module):
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """What this rank adds to the sum over all tensor ranks."""
         if self._at_once is not None and self._at_once.takes(x):
-            return self._at_once.mlp(x, self.gate_up_proj.held, self.down_proj.held)
+            return self._at_once.mlp(x, self.weights)
         return self.down_proj.partial(self._silu_and_mul(self.gate_up_proj(x)))
+
+    @property
+    def weights(self) -> MlpWeights:
+        return MlpWeights(gate_up=self.gate_up_proj.held, down=self.down_proj.held)
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.gate_up_proj.load(checkpoint, prefix)

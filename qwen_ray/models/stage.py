@@ -7,18 +7,21 @@ own page says.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from functools import cached_property
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.kernels.registry import LayerWeights, Places
 from qwen_ray.layers.attention import Attention
 from qwen_ray.layers.batch import ForwardBatch, LayerStep
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.embedding import Embedding, Head, VocabMatrix
 from qwen_ray.layers.expert_map import Slots
 from qwen_ray.layers.matrix import Matrix, MatrixStack
+from qwen_ray.layers.mlp import Mlp
 from qwen_ray.layers.moe import Moe
 from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.layers.rotary import Rotary
@@ -28,8 +31,20 @@ from qwen_ray.layers.site import Site
 class DecoderLayer(nn.Module):
     """One layer of an architecture. Its attributes are named as in the checkpoint, and each can load itself."""
 
+    input_layernorm: RMSNorm
     self_attn: Attention
+    post_attention_layernorm: RMSNorm
     mlp: nn.Module
+
+    @property
+    def weights(self) -> LayerWeights:
+        """Of a dense layer."""
+        return LayerWeights(
+            attention_norm=self.input_layernorm.weight,
+            attention=self.self_attn.weights,
+            mlp_norm=self.post_attention_layernorm.weight,
+            mlp=cast(Mlp, self.mlp).weights,
+        )
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         for name, part in self.named_children():
@@ -59,6 +74,8 @@ class Stage(nn.Module):
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(site, vocab, hidden) if shard.is_first else None
         self.layers = nn.ModuleList(make_layer(config, site, i) for i in shard.layers)
+        is_dense = not any(map(config.is_sparse, shard.layers))
+        self._at_once = site.kernels.of_layers if is_dense and shard.tp_size == 1 else None
         self.rotary = Rotary(site, config.rope, config.head_dim, max_len)
         self.norm = RMSNorm(site, hidden, config.rms_norm_eps) if shard.is_last else None
         tied = self.embed_tokens if config.tie_word_embeddings else None
@@ -80,9 +97,7 @@ class Stage(nn.Module):
             x = self.embed_tokens(batch.token_ids)
         else:
             x = self._groups.receive((batch.num_tokens, self.config.hidden_size), self._dtype)
-        step = self._layer_step(batch)
-        for layer in self.layers:
-            x = layer(x, step)
+        x = self._through_layers(x, self._layer_step(batch))
         if self.norm is None:
             self._groups.send(x)
             return None
@@ -94,13 +109,27 @@ class Stage(nn.Module):
         assert self.lm_head is not None, "on the last stage"
         return self.lm_head(x)
 
+    def _through_layers(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+        if self._at_once is not None and x.shape[0] and self._at_once.takes(x):
+            return self._at_once.layers(x, self._prepared_layers, step.places)
+        for layer in self.layers:
+            x = layer(x, step)
+        return x
+
+    @cached_property
+    def _prepared_layers(self) -> Any:
+        """From the first step on: weights and KV caches stay where they are."""
+        assert self._at_once is not None, "asked for by `_through_layers` alone"
+        return self._at_once.prepare_layers([cast(DecoderLayer, layer).weights for layer in self.layers])
+
     def _layer_step(self, batch: ForwardBatch) -> LayerStep:
         cos, sin = self.rotary(batch.positions)
         plan = None
         if batch.num_tokens:
             block_size = self.attentions[0].kv_cache[0].shape[1]
             plan = self._plan_attention(batch.block_tables, batch.query_lens_list, batch.context_lens_list, block_size)
-        return LayerStep(positions=batch.positions, cos=cos, sin=sin, slots=batch.slots, plan=plan)
+        places = Places(cos=cos, sin=sin, slots=batch.slots, plan=plan)
+        return LayerStep(positions=batch.positions, places=places)
 
     @torch.inference_mode()
     def load(self, checkpoint: Checkpoint) -> None:

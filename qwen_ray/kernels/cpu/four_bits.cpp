@@ -116,7 +116,7 @@ int tile_of(int64_t left, const Block& w, const Rounded8& x, int64_t column, f32
 }  // namespace
 
 template <class T>
-void multiply_four_bits(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+void multiply_four_bits(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
     int64_t size = w.size, out_size = w.out_size, num_groups = w.row_bytes * 2 / GROUP;
     int64_t block_bytes = w.row_bytes * LANES, block_scales = w.row_bytes * 2 / w.group * LANES;
     int64_t num_blocks = (out_size + LANES - 1) / LANES;
@@ -127,8 +127,8 @@ void multiply_four_bits(const T* x, int64_t x_stride, const Matrix& w, T* out, i
     for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
         int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
         auto take = [&](Rounded8& to, int64_t c) { to.take(c, x + (begin + c) * x_stride, size); };
-        auto own = made_ready<Rounded8>(count, take, num_groups, int64_t(w.group));
-#pragma omp for schedule(dynamic)
+        auto own = made_ready<Rounded8>(team, count, take, num_groups, int64_t(w.group));
+#pragma omp for schedule(dynamic) nowait
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t end = (p + 1) * piece < num_blocks ? (p + 1) * piece : num_blocks;
             for (int64_t b = p * piece; b < end; ++b) {
@@ -145,6 +145,7 @@ void multiply_four_bits(const T* x, int64_t x_stride, const Matrix& w, T* out, i
             }
         }
     }
+    team.meet();
 }
-template void multiply_four_bits<float>(const float*, int64_t, const Matrix&, float*, int64_t);
-template void multiply_four_bits<bf16>(const bf16*, int64_t, const Matrix&, bf16*, int64_t);
+template void multiply_four_bits<float>(Team&, const float*, int64_t, const Matrix&, float*, int64_t);
+template void multiply_four_bits<bf16>(Team&, const bf16*, int64_t, const Matrix&, bf16*, int64_t);

@@ -8,7 +8,7 @@ constexpr int64_t PIECE_BYTES = 128 << 10;  // of weights that a thread takes at
 constexpr int64_t MOST_ROWS = 256;          // of x that are widened at once, if all of them stay in a cache
 
 template <class T>
-void multiply_plain(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+void multiply_plain(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
     const T *values = (const T*)w.values, *bias = (const T*)w.bias;
     int64_t size = w.size, out_size = w.out_size, w_stride = w.row_bytes / int64_t(sizeof(T));
     int64_t piece = PIECE_BYTES / (size * int64_t(sizeof(T)) + 1) / ROWS * ROWS;
@@ -19,9 +19,9 @@ void multiply_plain(const T* x, int64_t x_stride, const Matrix& w, T* out, int64
     for (int64_t begin = 0; begin < num_rows; begin += at_once) {
         int64_t count = num_rows - begin < at_once ? num_rows - begin : at_once;
         auto take = [&](Widened<T>& to, int64_t c) { to.take(c, x + (begin + c) * x_stride); };
-        auto wide = made_ready<Widened<T>>(count, take, size);
+        auto wide = made_ready<Widened<T>>(team, count, take, size);
         T* to = out + begin * out_size;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t first = p * piece, rows = out_size - first < piece ? out_size - first : piece;
             products<T>(values + first * w_stride, w_stride, rows, wide->rows.data(), count, size,
@@ -33,22 +33,24 @@ void multiply_plain(const T* x, int64_t x_stride, const Matrix& w, T* out, int64
                         });
         }
     }
+    team.meet();
 }
 
 }  // namespace
 
 template <class T>
-void multiply(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    if (w.bits) return multiply_packed(x, x_stride, w, out, num_rows);
-    multiply_plain(x, x_stride, w, out, num_rows);
+void multiply(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+    if (w.bits) return multiply_packed(team, x, x_stride, w, out, num_rows);
+    multiply_plain(team, x, x_stride, w, out, num_rows);
 }
 
 #define EXPORT(T, SUFFIX)                                                                                              \
-    template void multiply<T>(const T*, int64_t, const Matrix&, T*, int64_t);                                          \
+    template void multiply<T>(Team&, const T*, int64_t, const Matrix&, T*, int64_t);                                   \
     extern "C" void linear_##SUFFIX(const T* x, int64_t x_stride, const Matrix* w, T* out, int64_t num_rows,           \
                                     int num_threads) {                                                                 \
+        Team team;                                                                                                     \
         _Pragma("omp parallel num_threads(num_threads) if (w->num_bytes() > WORTH_A_TEAM)")                            \
-        multiply(x, x_stride, *w, out, num_rows);                                                                      \
+        multiply(team, x, x_stride, *w, out, num_rows);                                                                \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

@@ -8,6 +8,7 @@ alone, to the last bit: not on what is computed beside it, nor on the instructio
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,7 @@ from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.cpu import experts
 from qwen_ray.kernels.cpu.library import Library
 from qwen_ray.kernels.quantized import Matrices, PackedStack, PackedWeight
+from qwen_ray.kernels.registry import AttentionWeights, LayerWeights, MlpWeights, Places
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 AMX_ROWS = 16  # about so many take torch with AMX as long as the products here (estimated from figures of both)
@@ -52,7 +54,7 @@ class Matrix(ctypes.Structure):
 
 
 class Sequences(ctypes.Structure):
-    """`attention.cpp` has the same; see AttentionPlan."""
+    """`attention.h` has the same; see AttentionPlan."""
 
     _fields_ = (
         ("starts", ctypes.c_void_p),
@@ -63,6 +65,88 @@ class Sequences(ctypes.Structure):
         ("num_sequences", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
     )
+
+
+class Step(ctypes.Structure):
+    """`layers.cpp` has the same, as it has those that follow."""
+
+    _fields_ = (
+        ("sequences", Sequences),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, weights: AttentionWeights, places: Places) -> Step:
+        """Valid as long as the tensors of `places` live."""
+        kv_heads, dim = weights.kv_cache[0].shape[2:]
+        tables = places.cos, places.sin, places.slots
+        assert all(table.is_contiguous() for table in tables), "their rows follow each other"
+        pointers = (table.data_ptr() for table in tables)
+        heads = (weights.o.shape[1] if isinstance(weights.o, torch.Tensor) else weights.o.size) // dim
+        return cls(places.plan.sequences, *pointers, heads, kv_heads, dim, weights.scale, weights.eps)
+
+
+class AttentionPart(ctypes.Structure):
+    """See AttentionWeights."""
+
+    _fields_ = (
+        ("qkv", Matrix),
+        ("o", Matrix),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    )
+
+    @classmethod
+    def of(cls, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart:
+        """Valid as long as the tensors of `weights` live."""
+        keys, values = weights.kv_cache
+        qkv, o = Matrix.of(weights.qkv, weights.bias), Matrix.of(weights.o)
+        kv_heads, dim = keys.shape[2:]
+        assert keys.dtype is dtype, f"{keys.dtype}; expected {dtype}"
+        assert qkv.out_size == o.size + 2 * kv_heads * dim, f"{qkv.out_size} for {o.size} and {kv_heads} heads of {dim}"
+        norms = (None, None) if weights.norms is None else (norm.data_ptr() for norm in weights.norms)
+        return cls(qkv, o, *norms, keys.data_ptr(), values.data_ptr())
+
+
+class MlpPart(ctypes.Structure):
+    """See MlpWeights."""
+
+    _fields_ = (("gate_up", Matrix), ("down", Matrix))
+
+    @classmethod
+    def of(cls, weights: MlpWeights) -> MlpPart:
+        """Valid as long as the tensors of `weights` live."""
+        gate_up, down = Matrix.of(weights.gate_up), Matrix.of(weights.down)
+        assert gate_up.out_size == 2 * down.size, f"{gate_up.out_size} gates and others for rows of {down.size}"
+        return cls(gate_up, down)
+
+
+class Layer(ctypes.Structure):
+    """See LayerWeights."""
+
+    _fields_ = (
+        ("attention_norm", ctypes.c_void_p),
+        ("attention", AttentionPart),
+        ("mlp_norm", ctypes.c_void_p),
+        ("mlp", MlpPart),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """As C++ has them, and what holds their memory."""
+
+    array: ctypes.Array[Layer]
+    weights: tuple[LayerWeights, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +174,9 @@ class NativeKernels:
         self._silu_and_mul = library.function(f"silu_and_mul_{suffix}", "ppnni", is_short=True)
         self._run_experts = library.function(f"run_experts_{suffix}", "pnnpnpppnnnpppi")
         self._attend = library.function(f"attend_{suffix}", "pnpppnnnfpi")
-        self._attend_whole = library.function(f"attend_whole_{suffix}", "pnppppfppppppnnnfpni")
-        self._mlp = library.function(f"mlp_{suffix}", "pnpppni")
+        self._attend_whole = library.function(f"attend_whole_{suffix}", "pnpppni")
+        self._mlp = library.function(f"mlp_{suffix}", "pnppni")
+        self._run_layers = library.function(f"run_layers_{suffix}", "pnppnpnni")
 
     def _room(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype)  # twice as fast as x.new_empty, and called a hundred times a step
@@ -118,66 +203,50 @@ class NativeKernels:
         self._linear(x.data_ptr(), x.stride(0), byref(matrix), out.data_ptr(), num_rows, torch.get_num_threads())
         return out
 
-    def mlp(
-        self, x: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight
-    ) -> torch.Tensor:
+    def mlp(self, x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
         """As `LayerKernels.mlp`."""
-        x = rows_together(x)
-        first, second = Matrix.of(gate_up), Matrix.of(down)
-        assert x.shape[1] == first.size, f"rows of {x.shape[1]} by rows of {first.size}"
-        assert first.out_size == 2 * second.size, f"{first.out_size} gates and others for rows of {second.size}"
-        out = self._room(x.shape[0], second.out_size)
-        matrices = byref(first), byref(second)
-        self._mlp(x.data_ptr(), x.stride(0), *matrices, out.data_ptr(), x.shape[0], torch.get_num_threads())
+        x, part = rows_together(x), MlpPart.of(weights)
+        assert x.shape[1] == part.gate_up.size, f"rows of {x.shape[1]} by rows of {part.gate_up.size}"
+        out = self._room(x.shape[0], part.down.out_size)
+        self._mlp(x.data_ptr(), x.stride(0), byref(part), out.data_ptr(), x.shape[0], torch.get_num_threads())
         return out
 
-    def attention(
-        self,
-        x: torch.Tensor,
-        qkv: torch.Tensor | PackedWeight,
-        bias: torch.Tensor | None,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
-        slots: torch.Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        o: torch.Tensor | PackedWeight,
-    ) -> torch.Tensor:
+    def attention(self, x: torch.Tensor, weights: AttentionWeights, places: Places) -> torch.Tensor:
         """As `LayerKernels.attention`."""
-        x = rows_together(x)
-        first, second = Matrix.of(qkv, bias), Matrix.of(o)
-        keys, values = kv_cache
-        kv_heads, dim = keys.shape[2:]
-        heads = second.size // dim
-        assert keys.dtype is self._dtype, f"{keys.dtype}; expected {self._dtype}"
-        assert first.out_size == (heads + 2 * kv_heads) * dim, f"{first.out_size} for {heads} and {kv_heads} heads"
-        cos, sin = (angle.contiguous() for angle in angles)
-        q_norm, k_norm = (None, None) if norms is None else (norm.data_ptr() for norm in norms)
-        out = self._room(x.shape[0], second.out_size)
-        self._attend_whole(
-            x.data_ptr(),
-            x.stride(0),
-            byref(first),
-            byref(second),
-            q_norm,
-            k_norm,
-            eps,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            slots.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            byref(plan.sequences),
-            heads,
-            kv_heads,
-            dim,
-            scale,
-            out.data_ptr(),
-            x.shape[0],
-            torch.get_num_threads(),
+        x, part, step = rows_together(x), AttentionPart.of(weights, self._dtype), Step.of(weights, places)
+        assert x.shape[1] == part.qkv.size, f"rows of {x.shape[1]} by rows of {part.qkv.size}"
+        out = self._room(x.shape[0], part.o.out_size)
+        given = x.data_ptr(), x.stride(0), byref(part), byref(step)
+        self._attend_whole(*given, out.data_ptr(), x.shape[0], torch.get_num_threads())
+        return out
+
+    def _expert(
+        self, x: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight
+    ) -> torch.Tensor:
+        return self.mlp(x, MlpWeights(gate_up=gate_up, down=down))
+
+    def prepare_layers(self, layers: Sequence[LayerWeights]) -> Layers:
+        """As `LayerKernels.prepare_layers`."""
+        array = (Layer * len(layers))(
+            *(
+                Layer(
+                    layer.attention_norm.data_ptr(),
+                    AttentionPart.of(layer.attention, self._dtype),
+                    layer.mlp_norm.data_ptr(),
+                    MlpPart.of(layer.mlp),
+                )
+                for layer in layers
+            )
         )
+        return Layers(array=array, weights=tuple(layers))
+
+    def layers(self, x: torch.Tensor, prepared: Layers, places: Places) -> torch.Tensor:
+        """As `LayerKernels.layers`."""
+        x, step = rows_together(x), Step.of(prepared.weights[0].attention, places)
+        num_rows, hidden = x.shape
+        out = self._room(num_rows, hidden)
+        given = prepared.array, len(prepared.array), byref(step), x.data_ptr(), x.stride(0)
+        self._run_layers(*given, out.data_ptr(), num_rows, hidden, torch.get_num_threads())
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -232,7 +301,7 @@ class NativeKernels:
         if x.dtype is not self._dtype:
             return experts.run_experts(x, slots, weights, gate_up, down)
         if isinstance(gate_up, PackedStack) or isinstance(down, PackedStack):
-            return experts.run_experts(x, slots, weights, gate_up, down, self.mlp)
+            return experts.run_experts(x, slots, weights, gate_up, down, self._expert)
         if x.stride(1) != 1:
             x = x.contiguous()
         num_tokens, top_k = slots.shape

@@ -1,4 +1,4 @@
-// One row of what stands between matrix products: norm, rotation, the gate. One pass over the data each, float32 inside.
+// One row of what stands between matrix products: norm, sum, rotation, the gate. One pass over the data each, float32 inside.
 #pragma once
 
 #include <cmath>
@@ -17,6 +17,12 @@ inline void norm_row(const T* from, const T* weight, float eps, T* to, int64_t s
         f32x16 v = rounded<T>(load_up_to_16(from + i, size - i) * scale);
         save_up_to_16(to + i, load_up_to_16(weight + i, size - i) * v, size - i);
     }
+}
+
+template <class T>
+inline void add_row(T* to, const T* from, int64_t size) {
+    for (int64_t i = 0; i < size; i += 16)
+        save_up_to_16(to + i, load_up_to_16(to + i, size - i) + load_up_to_16(from + i, size - i), size - i);
 }
 
 template <class T>

@@ -125,7 +125,7 @@ inline void rows(const Weights& w, const float* scales, int64_t row, const Round
 }
 
 template <class T>
-void multiply_eight_bits(const T* x, int64_t x_stride, const Matrix& matrix, T* out, int64_t num_rows) {
+void multiply_eight_bits(Team& team, const T* x, int64_t x_stride, const Matrix& matrix, T* out, int64_t num_rows) {
     Weights w{(const uint8_t*)matrix.values, matrix.row_bytes};
     const T* bias = (const T*)matrix.bias;
     const float* scales = (const float*)matrix.scales;
@@ -136,23 +136,24 @@ void multiply_eight_bits(const T* x, int64_t x_stride, const Matrix& matrix, T* 
     for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
         int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
         auto take = [&](Rounded16& to, int64_t c) { to.take(c, x + (begin + c) * x_stride, size); };
-        auto own = made_ready<Rounded16>(count, take, w.row_bytes / GROUP);
+        auto own = made_ready<Rounded16>(team, count, take, w.row_bytes / GROUP);
         T* to = out + begin * out_size;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t r = p * piece, end = r + piece < out_size ? r + piece : out_size;
             for (; r + ROWS <= end; r += ROWS) rows<ROWS>(w, scales, r, *own, count, bias, to, out_size);
             for (; r < end; ++r) rows<1>(w, scales, r, *own, count, bias, to, out_size);
         }
     }
+    team.meet();
 }
 
 }  // namespace
 
 template <class T>
-void multiply_packed(const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    if (w.bits == 4) return multiply_four_bits(x, x_stride, w, out, num_rows);
-    multiply_eight_bits(x, x_stride, w, out, num_rows);
+void multiply_packed(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+    if (w.bits == 4) return multiply_four_bits(team, x, x_stride, w, out, num_rows);
+    multiply_eight_bits(team, x, x_stride, w, out, num_rows);
 }
-template void multiply_packed<float>(const float*, int64_t, const Matrix&, float*, int64_t);
-template void multiply_packed<bf16>(const bf16*, int64_t, const Matrix&, bf16*, int64_t);
+template void multiply_packed<float>(Team&, const float*, int64_t, const Matrix&, float*, int64_t);
+template void multiply_packed<bf16>(Team&, const bf16*, int64_t, const Matrix&, bf16*, int64_t);

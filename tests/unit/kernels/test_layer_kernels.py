@@ -1,6 +1,9 @@
-"""Attention and MLP in one call each, against the single kernels: the same bits, whatever is in the batch."""
+"""Attention, MLP and whole layers in one call each, against the single kernels: the same bits for whatever batch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from qwen_ray.kernels import quantized
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
 from qwen_ray.kernels.quantized import PackedWeight
-from qwen_ray.kernels.registry import Kernels, LayerKernels
+from qwen_ray.kernels.registry import AttentionWeights, Kernels, LayerKernels, LayerWeights, MlpWeights, Places
 
 LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
 cases = pytest.mark.parametrize(
@@ -60,13 +63,79 @@ def test_mlp(library: Library, dtype: torch.dtype, bits: int | None, num_rows: i
     x = random(num_rows, hidden, dtype=dtype)
     assert layer_kernels(kernels).takes(x)
     expected = multiply(kernels, kernels.silu_and_mul(multiply(kernels, x, gate_up)), down)
-    assert torch.equal(layer_kernels(kernels).mlp(x, gate_up, down), expected)
+    assert torch.equal(layer_kernels(kernels).mlp(x, MlpWeights(gate_up=gate_up, down=down)), expected)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`counts` new ones of each sequence behind `context` cached ones, and a cache for all of them."""
+
+    counts: list[int]
+    context: int
+    kv_heads: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.counts)
+
+    def cache(self, seed: int = 0) -> torch.Tensor:
+        return random(2, self.tables.numel() + seed, 16, self.kv_heads, self.dim, dtype=self.dtype)
+
+    @cached_property
+    def tables(self) -> torch.Tensor:
+        num_blocks = -(-max(self.lengths) // 16)
+        return torch.randperm(num_blocks * len(self.counts)).view(len(self.counts), num_blocks)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self.context + count for count in self.counts)
+
+    def places(self, kernels: Kernels) -> Places:
+        at = [torch.arange(self.context, length) for length in self.lengths]
+        slots = [table[own // 16] * 16 + own % 16 for table, own in zip(self.tables, at, strict=True)]
+        cos, sin = (random(self.num_rows, self.dim // 2, dtype=self.dtype) * scale for scale in (1.0, 0.5))
+        plan = kernels.plan_attention(self.tables, tuple(self.counts), self.lengths, 16)
+        return Places(cos=cos, sin=sin, slots=torch.cat(slots), plan=plan)
+
+
+def attention_weights(
+    cache: torch.Tensor, heads: int, hidden: int, bits: int | None, *, is_normed: bool
+) -> AttentionWeights:
+    kv_heads, dim = cache.shape[3:]
+    size, dtype = (heads + 2 * kv_heads) * dim, cache.dtype
+    return AttentionWeights(
+        qkv=matrix(size, hidden, dtype, bits),
+        bias=random(size, dtype=dtype) if is_normed else None,
+        norms=(random(dim, dtype=dtype), random(dim, dtype=dtype) + 1) if is_normed else None,
+        eps=1e-6,
+        scale=dim**-0.5,
+        kv_cache=(cache[0], cache[1]),
+        o=matrix(hidden, heads * dim, dtype, bits),
+    )
+
+
+def attend(kernels: Kernels, x: torch.Tensor, weights: AttentionWeights, places: Places) -> torch.Tensor:
+    keys, values = weights.kv_cache
+    kv_heads, dim = keys.shape[2:]
+    qkv = multiply(kernels, x, weights.qkv, weights.bias).view(len(x), -1, dim)
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    if weights.norms is not None:
+        q, k = (kernels.rms_norm(part, norm, weights.eps) for part, norm in zip((q, k), weights.norms, strict=True))
+    q, k = kernels.rotate(q, k, places.cos, places.sin)
+    kernels.store_kv(k, v, keys, values, places.slots)
+    attended = kernels.paged_attention(q, keys, values, places.plan, weights.scale)
+    return multiply(kernels, attended.flatten(1), weights.o)
+
+
+batches = given(
+    counts=counts, context=st.integers(0, 700), heads=st.sampled_from([(6, 2), (7, 1), (1, 1)]), is_normed=st.booleans()
+)
 
 
 @cases
-@given(
-    counts=counts, context=st.integers(0, 700), heads=st.sampled_from([(6, 2), (7, 1), (1, 1)]), is_normed=st.booleans()
-)
+@batches
 @settings(max_examples=5, deadline=None)
 def test_attention(
     library: Library,
@@ -78,40 +147,52 @@ def test_attention(
     is_normed: bool,
 ) -> None:
     kernels = Kernels.on_cpu(library, dtype)
-    num_heads, num_kv_heads = heads
-    dim, hidden, num_rows = 2 * (8 + num_heads), 72, sum(counts)
-    lengths = tuple(context + count for count in counts)
-    num_blocks = -(-max(lengths) // 16)
-    tables = torch.randperm(num_blocks * len(counts)).view(len(counts), num_blocks)
-    slots = torch.cat(
-        [
-            table[torch.arange(context, length) // 16] * 16 + torch.arange(context, length) % 16
-            for table, length in zip(tables, lengths, strict=True)
-        ]
-    )
-    cache = random(2, tables.numel(), 16, num_kv_heads, dim, dtype=dtype)
-    qkv = matrix((num_heads + 2 * num_kv_heads) * dim, hidden, dtype, bits)
-    o = matrix(hidden, num_heads * dim, dtype, bits)
-    bias = random((num_heads + 2 * num_kv_heads) * dim, dtype=dtype) if is_normed else None
-    norms = (random(dim, dtype=dtype), random(dim, dtype=dtype) + 1) if is_normed else None
-    cos, sin = random(num_rows, dim // 2, dtype=dtype), random(num_rows, dim // 2, dtype=dtype) * 0.5
-    x = random(num_rows, hidden, dtype=dtype)
-    plan = kernels.plan_attention(tables, tuple(counts), lengths, 16)
+    tokens = Tokens(counts, context, heads[1], 2 * (8 + heads[0]), dtype)
+    weights = attention_weights(tokens.cache(), heads[0], 72, bits, is_normed=is_normed)
+    places = tokens.places(kernels)
+    x = random(tokens.num_rows, 72, dtype=dtype)
+    other = replace(weights, kv_cache=(weights.kv_cache[0].clone(), weights.kv_cache[1].clone()))
+    expected = attend(kernels, x, other, places)
+    assert torch.equal(layer_kernels(kernels).attention(x, weights, places), expected)
+    assert all(map(torch.equal, weights.kv_cache, other.kv_cache))
 
-    expected_cache = cache.clone()
-    q, k, v = multiply(kernels, x, qkv, bias).view(num_rows, -1, dim).split((num_heads, num_kv_heads, num_kv_heads), 1)
-    if norms is not None:
-        q, k = kernels.rms_norm(q, norms[0], 1e-6), kernels.rms_norm(k, norms[1], 1e-6)
-    q, k = kernels.rotate(q, k, cos, sin)
-    kernels.store_kv(k, v, *expected_cache, slots)
-    attended = kernels.paged_attention(q, *expected_cache, plan, dim**-0.5)
-    expected = multiply(kernels, attended.flatten(1), o)
 
-    got = layer_kernels(kernels).attention(
-        x, qkv, bias, norms, 1e-6, (cos, sin), (cache[0], cache[1]), slots, plan, dim**-0.5, o
-    )
-    assert torch.equal(got, expected)
-    assert torch.equal(cache, expected_cache)
+@cases
+@batches
+@settings(max_examples=5, deadline=None)
+def test_layers(
+    library: Library,
+    dtype: torch.dtype,
+    bits: int | None,
+    counts: list[int],
+    context: int,
+    heads: tuple[int, int],
+    is_normed: bool,
+) -> None:
+    kernels = Kernels.on_cpu(library, dtype)
+    tokens = Tokens(counts, context, heads[1], 2 * (8 + heads[0]), dtype)
+    layers = [
+        LayerWeights(
+            attention_norm=random(72, dtype=dtype) + i,
+            attention=attention_weights(tokens.cache(i), heads[0], 72, bits, is_normed=is_normed),
+            mlp_norm=random(72, dtype=dtype) - i,
+            mlp=MlpWeights(gate_up=matrix(2 * 1100, 72, dtype, bits), down=matrix(72, 1100, dtype, bits)),
+        )
+        for i in range(3)
+    ]
+    places = tokens.places(kernels)
+    x = expected = random(tokens.num_rows, 72, dtype=dtype)
+    caches = [(layer.attention.kv_cache[0].clone(), layer.attention.kv_cache[1].clone()) for layer in layers]
+    for layer, cache in zip(layers, caches, strict=True):
+        normed = kernels.rms_norm(expected, layer.attention_norm, 1e-6)
+        expected = expected + attend(kernels, normed, replace(layer.attention, kv_cache=cache), places)
+        normed = kernels.rms_norm(expected, layer.mlp_norm, 1e-6)
+        gated = kernels.silu_and_mul(multiply(kernels, normed, layer.mlp.gate_up))
+        expected = expected + multiply(kernels, gated, layer.mlp.down)
+    at_once = layer_kernels(kernels)
+    assert torch.equal(at_once.layers(x, at_once.prepare_layers(layers), places), expected)
+    for layer, cache in zip(layers, caches, strict=True):
+        assert all(map(torch.equal, layer.attention.kv_cache, cache))
 
 
 def test_what_torch_does_faster_is_left_to_it() -> None:
