@@ -14,7 +14,6 @@ import logging
 import os
 import pkgutil
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -78,22 +77,20 @@ class Worker(Protocol):
 class RankActor:
     """`connect`, `load`, `serve`, in this order, each once; then it does what comes through the channel.
 
-    Before `connect` it is nobody's rank: it only has everything imported. `is_standby`: nobody waits for that, and all
-    others come first.
+    Before `connect` it is nobody's rank: it only has everything imported.
     """
 
     _spec: ReplicaSpec
     _rank: int
 
-    def __init__(self, worker: str, *, is_standby: bool = False) -> None:
+    def __init__(self, worker: str) -> None:
         self._worker: Worker | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rank")
         self._channel: BlockingChannel[RankMessage] | None = None
         self._sending = threading.Lock()
         self._num_steps = 0
         self._step_started: float | None = None
-        self._worker_class: Callable[[ReplicaSpec, int], Worker]
-        self._worker_class = (_resolve_in_background if is_standby else pkgutil.resolve_name)(worker)
+        self._worker_class: Callable[[ReplicaSpec, int], Worker] = pkgutil.resolve_name(worker)
 
     def connect(self, spec: ReplicaSpec, rank: int, life: int, address: str, secret: bytes) -> None:
         """Makes it a rank and opens its channel. From now on the replica hears of this process every second."""
@@ -231,17 +228,6 @@ class RankActor:
         if answer is not None:
             self._send(answer)
         return not isinstance(answer, Failed)
-
-
-def _resolve_in_background(name: str) -> Any:
-    """In a thread that runs where nothing else would: Ray's workers are nice already, to each other they are equal."""
-    with ThreadPoolExecutor(max_workers=1, initializer=_stand_back) as background:
-        return background.submit(pkgutil.resolve_name, name).result()
-
-
-def _stand_back() -> None:
-    if sys.platform == "linux":  # a policy is a thread's own there, and this thread's end is its end
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _do(worker: Worker, message: StepBatch | MoveExperts | Join) -> StepResult | Joined | None:

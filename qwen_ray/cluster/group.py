@@ -203,7 +203,7 @@ class RankGroup:
         as_actor: Any = ray.remote  # its type wants one overload per option
         make = as_actor(concurrency_groups={WATCH: 1}, **options)(RankActor).remote
         # Ray asks the GCS: in a thread, since that may be on its way back.
-        return await asyncio.to_thread(make, self._worker, is_standby=is_standby)
+        return await asyncio.to_thread(make, self._worker)
 
     async def _connect(self, rank: RankHandle) -> None:
         assert self._listener is not None, "listened first"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -157,17 +156,6 @@ def no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NoTimer, "armed", [])
     monkeypatch.setattr(Stub, "closed", [])
     monkeypatch.setattr(actor_module, "BEAT_SECONDS", 0.01)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it has the priority of its process")
-def test_what_stands_by_imports_when_nothing_else_is_to_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    def policy(name: str = "") -> int:
-        return os.sched_getscheduler(0)
-
-    before = policy()
-    monkeypatch.setattr(actor_module.pkgutil, "resolve_name", policy)
-    assert RankActor("", is_standby=True)._worker_class == os.SCHED_IDLE != before
-    assert RankActor("")._worker_class == policy() == before
 
 
 MakeRank = Callable[[], RankActor]
