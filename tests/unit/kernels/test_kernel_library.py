@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,25 @@ def test_what_was_built_is_found_again(places: list[Path], tmp_path: Path, monke
     assert file == places[0] / VARIANT.file_name
     assert find(VARIANT) == file
     assert list(places[0].iterdir()) == [file]  # nothing else is left
+
+
+def test_who_comes_second_waits_for_the_first(
+    places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    use_compiler(f"echo >> {calls}; sleep 0.05; {WRITES}", tmp_path, monkeypatch)
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(build, [VARIANT] * 3)) == {places[0] / VARIANT.file_name}
+    assert len(calls.read_text().splitlines()) == len(list(library.SOURCES.glob("*.cpp"))) + 1
+
+
+def test_without_locks_each_compiles(places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_lock(*arguments: object) -> None:
+        raise OSError(37, "No locks available")
+
+    use_compiler(WRITES, tmp_path, monkeypatch)
+    monkeypatch.setattr(library.fcntl, "flock", no_lock)
+    assert build(VARIANT).is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_passed_over(
