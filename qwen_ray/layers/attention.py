@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.kernels.registry import AttentionWeights, Places
+from qwen_ray.kernels.layer import AttentionWeights, Places
 from qwen_ray.layers.batch import LayerStep
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen_ray.kernels.registry import Places
+from qwen_ray.kernels.layer import LayerWeights, Places
+
+__all__ = ["ForwardBatch", "LayerStep", "LayerWeights", "Places"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qwen_ray.core.plan import Span
-from qwen_ray.kernels.registry import MlpWeights
+from qwen_ray.kernels.layer import MlpWeights
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear
 from qwen_ray.layers.site import Site

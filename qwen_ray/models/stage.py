@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
-from qwen_ray.kernels.registry import LayerWeights, Places
 from qwen_ray.layers.attention import Attention
-from qwen_ray.layers.batch import ForwardBatch, LayerStep
+from qwen_ray.layers.batch import ForwardBatch, LayerStep, LayerWeights, Places
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.embedding import Embedding, Head, VocabMatrix
 from qwen_ray.layers.expert_map import Slots

@@ -18,8 +18,8 @@ import torch
 from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.cpu import experts
 from qwen_ray.kernels.cpu.library import Library
+from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, Places
 from qwen_ray.kernels.quantized import Matrices, PackedStack, PackedWeight
-from qwen_ray.kernels.registry import AttentionWeights, LayerWeights, MlpWeights, Places
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 AMX_ROWS = 16  # about so many take torch with AMX as long as the products here (estimated from figures of both)

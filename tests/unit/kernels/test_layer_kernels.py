@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from qwen_ray.kernels import quantized
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
+from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, Places
 from qwen_ray.kernels.quantized import PackedWeight
-from qwen_ray.kernels.registry import AttentionWeights, Kernels, LayerKernels, LayerWeights, MlpWeights, Places
+from qwen_ray.kernels.registry import Kernels, LayerKernels
 
 LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
 cases = pytest.mark.parametrize(
