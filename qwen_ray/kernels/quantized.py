@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits: how a matrix is rounded and packed, and what it then stands for.
 
-Only weights are kept so. Kernels may round activations on their way through a product: beside weights in 8 bits to 16,
-each 512 of a row by themselves, beside weights in 4 bits to 8, each 64. Knows no layers and no checkpoints.
+Only weights are kept so. Kernels may round activations on their way through a product: each 64 of a row by themselves,
+to 8 bits, or to 16 those that stand out. Knows no layers and no checkpoints.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import torch.nn.functional as F
 GROUPS = (32, 64, 128)  # weights that share a scale, in 4 bits
 GROUP = 32  # unless asked for: 5 bits a weight in all
 STEPS = {8: 64, 4: 128}  # a packed row holds a multiple of so many weights
-LANES = 16  # rows of 4-bit weights that lie side by side
+LANES = 16  # rows that lie side by side
 ROWS_AT_ONCE = 4096  # of a matrix that are rounded, or widened again: what lies beside it stays small
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedWeight:
-    """A [out, in] matrix. 8 bits: a weight is (value - 128) * scale, with a scale for each row.
+    """A [out, in] matrix. LANES rows lie side by side, 4 bytes of each of them in turn.
 
-    4 bits: least + value * scale, with both for each `group` of a row. LANES rows lie side by side, each 8 columns of
-    them in turn: of a row's 4 bytes, byte i holds column i in its low and column 4 + i in its high half. Whatever
-    stands behind the row's end, or in lanes behind the last row, is no matter.
+    8 bits: a weight is (value - 128) * scale, with a scale for each row; byte i of four is column i. 4 bits: least +
+    value * scale, with both for each `group` of a row; byte i holds column i in its low and column 4 + i in its high
+    half. Whatever stands behind the row's end, or in lanes behind the last row, is no matter.
     """
 
     bits: int  # 8 or 4
     out_size: int
     size: int  # in
     group: int  # 4 bits: one of GROUPS; 8 bits: 0
-    values: torch.Tensor  # uint8; 8 bits: [out, columns]; 4 bits: [out / LANES, columns / 8, LANES, 4]
-    scales: torch.Tensor  # 8 bits: [out] float32; 4 bits: [out / LANES, columns / group, LANES] float16
+    values: torch.Tensor  # uint8 [out / LANES, row_bytes / 4, LANES, 4]
+    scales: torch.Tensor  # 8 bits: [out / LANES, LANES] float32; 4 bits: [out / LANES, columns / group, LANES] float16
     least: torch.Tensor | None  # 8 bits: None; 4 bits: as the scales
 
     @property
@@ -50,7 +50,7 @@ class PackedWeight:
     @property
     def row_bytes(self) -> int:
         """Of the values of a row."""
-        return self.values.shape[1] * (1 if self.bits == 8 else 4)
+        return self.values.shape[1] * 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,21 +92,20 @@ def make_stack(count: int, bits: int, out_size: int, size: int, group: int = GRO
     """The same, `count` times."""
     if bits == 4 and group not in GROUPS:
         raise ValueError(f"group is {group}; it must be one of {', '.join(map(str, GROUPS))}.")
-    held = size + -size % STEPS[bits]
+    held, blocks = size + -size % STEPS[bits], -(-out_size // LANES)
+    tensors = [torch.empty(count, blocks, held * bits // 32, LANES, 4, dtype=torch.uint8)]
     if bits == 8:
-        tensors = (torch.empty(count, out_size, held, dtype=torch.uint8), torch.empty(count, out_size))
+        tensors.append(torch.empty(count, blocks, LANES))
     else:
-        blocks = -(-out_size // LANES)
-        values = torch.empty(count, blocks, held // 8, LANES, 4, dtype=torch.uint8)
-        tensors = (values, *(torch.empty(count, blocks, held // group, LANES, dtype=torch.float16) for _ in range(2)))
-        for tensor in tensors:
-            tensor[:, -1:].zero_()  # lanes that are no rows
+        tensors += (torch.empty(count, blocks, held // group, LANES, dtype=torch.float16) for _ in range(2))
+    for tensor in tensors:
+        tensor[:, -1:].zero_()  # lanes that are no rows
 
     def matrix(values: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | None = None) -> PackedWeight:
         kind = {"bits": bits, "out_size": out_size, "size": size, "group": group if bits == 4 else 0}
         return PackedWeight(values=values, scales=scales, least=least, **kind)
 
-    return PackedStack(tensors=tensors, matrices=tuple(matrix(*own) for own in zip(*tensors, strict=True)))
+    return PackedStack(tensors=tuple(tensors), matrices=tuple(matrix(*own) for own in zip(*tensors, strict=True)))
 
 
 def store(packed: PackedWeight, start: int, weight: torch.Tensor) -> None:
@@ -130,15 +129,13 @@ def store_as_they_are(packed: PackedWeight, start: int, part: FourBits) -> None:
     num_columns, num_groups = packed.values.shape[1] * 8, packed.scales.shape[1]
     values = F.pad(part.values, (0, num_columns - part.values.shape[1]))
     scales, least = (F.pad(given, (0, num_groups - given.shape[1])) for given in (part.scales, part.least))
-    _place(packed, start, values, scales, least)
+    _place(packed, start, _in_halves(values), scales, least)
 
 
 def _round_to_8(weight: torch.Tensor, to: PackedWeight, start: int) -> None:
-    own = slice(start, start + weight.shape[0])
     scales = weight.abs().amax(-1) / 127
     steps = weight / torch.where(scales > 0, scales, 1.0)[:, None]
-    to.scales[own] = scales
-    to.values[own] = steps.round_().clamp_(-127, 127).add_(128)
+    _place(to, start, steps.round_().clamp_(-127, 127).add_(128).to(torch.uint8), scales)
 
 
 def _round_to_4(weight: torch.Tensor, to: PackedWeight, start: int) -> None:
@@ -146,25 +143,32 @@ def _round_to_4(weight: torch.Tensor, to: PackedWeight, start: int) -> None:
     least, most = groups.aminmax(dim=-1)
     least, scales = least.half(), ((most - least) / 15).half()
     steps = (groups - least.float()[..., None]) / torch.where(scales > 0, scales, 1.0).float()[..., None]
-    _place(to, start, steps.round_().clamp_(0, 15).to(torch.uint8).flatten(1), scales, least)
+    _place(to, start, _in_halves(steps.round_().clamp_(0, 15).to(torch.uint8).flatten(1)), scales, least)
 
 
-def _place(to: PackedWeight, start: int, values: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> None:
-    """`values` [n, columns] up to 15, `scales` and `least` [n, groups], into their lanes."""
-    assert to.least is not None, "4 bits have it"
+def _in_halves(values: torch.Tensor) -> torch.Tensor:
+    """[n, columns] up to 15, to [n, columns / 2]."""
     fours = values.contiguous().view(torch.int32)  # at a time
-    halves = fours[:, ::2] | fours[:, 1::2] << 4
-    own_values = to.values.view(torch.int32).squeeze(-1)
-    placed = (own_values, halves), (to.scales, scales), (to.least, least)
+    return (fours[:, ::2] | fours[:, 1::2] << 4).view(torch.uint8)
+
+
+def _place(
+    to: PackedWeight, start: int, values: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | None = None
+) -> None:
+    """`values` [n, row_bytes], and what belongs to their n rows, into their lanes."""
     num_rows = values.shape[0]
+    fours = to.values.view(torch.int32).squeeze(-1), values.contiguous().view(torch.int32)
+    placed = [fours, (to.scales, scales)]
+    if to.least is not None and least is not None:
+        placed.append((to.least, least))
     if start % LANES == 0 and num_rows % LANES == 0:  # several times as fast
         blocks = slice(start // LANES, (start + num_rows) // LANES)
         for tensor, part in placed:
-            tensor[blocks].copy_(part.unflatten(0, (-1, LANES)).transpose(1, 2))
+            tensor[blocks].copy_(part.unflatten(0, (-1, LANES)).movedim(1, -1))
         return
     rows = torch.arange(start, start + num_rows)
     for tensor, part in placed:
-        tensor[rows // LANES, :, rows % LANES] = part
+        tensor[rows // LANES, ..., rows % LANES] = part
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int = GROUP) -> PackedWeight:
@@ -178,12 +182,12 @@ def quantize(weight: torch.Tensor, bits: int, group: int = GROUP) -> PackedWeigh
 def dequantize(packed: PackedWeight, rows: torch.Tensor | None = None) -> torch.Tensor:
     """[out, in] float32; or [T, in], of `rows` [T]."""
     rows = torch.arange(packed.out_size) if rows is None else rows
-    if packed.least is None:
-        return ((packed.values[rows].float() - 128) * packed.scales[rows, None])[:, : packed.size]
     block, lane = rows // LANES, rows % LANES
-    bytes_ = packed.values[block, :, lane]
-    values = torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).flatten(1).unflatten(1, (-1, packed.group))
-    scales, least = (tensor[block, :, lane].float()[..., None] for tensor in (packed.scales, packed.least))
+    values, scales = packed.values[block, :, lane], packed.scales[block, ..., lane].float()[..., None]
+    if packed.least is None:
+        return ((values.flatten(1).float() - 128) * scales)[:, : packed.size]
+    values = torch.stack((values & 15, values >> 4), dim=2).flatten(1).unflatten(1, (-1, packed.group))
+    least = packed.least[block, :, lane].float()[..., None]
     return (least + values.float() * scales).flatten(1)[:, : packed.size]
 
 

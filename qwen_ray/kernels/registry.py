@@ -42,8 +42,8 @@ class LayerKernels(Protocol):
         """Layers that follow each other, all of the same sizes, for `layers`. Keeps hold of their tensors."""
         ...
 
-    def layers(self, x: torch.Tensor, prepared: Any, places: Places) -> torch.Tensor:
-        """[T, hidden] to [T, hidden], with nothing to add up over ranks in between. Stores keys and values."""
+    def layers(self, x: torch.Tensor, prepared: Any, places: Places) -> None:
+        """Changes x [T, hidden], contiguous, with nothing to add up over ranks in between. Stores keys and values."""
         ...
 
 

@@ -109,8 +109,10 @@ class Stage(nn.Module):
         return self.lm_head(x)
 
     def _through_layers(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+        """x may be changed."""
         if self._at_once is not None and x.shape[0] and self._at_once.takes(x):
-            return self._at_once.layers(x, self._prepared_layers, step.places)
+            self._at_once.layers(x, self._prepared_layers, step.places)
+            return x
         for layer in self.layers:
             x = layer(x, step)
         return x

@@ -66,10 +66,11 @@ class RankMemory:
         return self.weights + self.tables + self.kv_per_block * num_blocks
 
 
-# How matrices lie in 8 and 4 bits: rows of a multiple of so many weights, each row with a scale, or each
-# group with a scale and its least weight.
+# How matrices lie in 8 and 4 bits: a multiple of so many rows, each of a multiple of so many weights, each row with a
+# scale, or each group with a scale and its least weight.
+PACKED_LANES = 16
 INT8_STEP, INT8_SCALE_BYTES = 64, 4
-INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES, INT4_LANES = 128, 32, 4, 16
+INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES = 128, 32, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +147,19 @@ def row_size(size: int, dtype: str | None) -> int:
 
 def matrix_size(num_rows: int, size: int, dtype: str | None) -> int:
     """Bytes of a layer's matrix [num_rows, size]; as `row_size`."""
-    is_int4 = dtype is not None and dtype.startswith("int4")
-    return (num_rows + -num_rows % INT4_LANES if is_int4 else num_rows) * row_size(size, dtype)
+    is_packed = dtype is not None and dtype.startswith("int")
+    return (num_rows + -num_rows % PACKED_LANES if is_packed else num_rows) * row_size(size, dtype)
+
+
+def vocab_matrix_size(num_rows: int, size: int, dtype: str | None) -> int:
+    """The same of embedding and head."""
+    if dtype is None or dtype == "fp8":
+        return num_rows * vocab_row_size(size, dtype)
+    return matrix_size(num_rows, size, dtype.replace("int4", "int8"))
 
 
 def vocab_row_size(size: int, dtype: str | None) -> int:
-    """The same of embedding and head."""
+    """As `row_size`, of embedding and head."""
     if dtype is None or dtype == "fp8":
         return size * unit_size(dtype)
     return row_size(size, dtype.replace("int4", "int8"))
@@ -188,7 +196,7 @@ def rank_weights(config: ModelConfig, shard: Shard, dtype: str | None = None) ->
     copies = int(shard.is_first) + int(shard.is_last)
     if config.tie_word_embeddings and shard.num_stages == 1:
         copies = 1  # one stage embeds and heads with the same matrix; apart, each end holds its own copy
-    ends = copies * len(shard.vocab) * vocab_row_size(config.hidden_size, dtype)
+    ends = copies * vocab_matrix_size(len(shard.vocab), config.hidden_size, dtype)
     last_norm = config.hidden_size * unit_size(dtype) if shard.is_last else 0
     return layer_weights(config, shard, dtype) + Weights(ends=ends, rest=last_norm)
 

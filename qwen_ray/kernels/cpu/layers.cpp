@@ -1,5 +1,7 @@
 // Layers at once, or a half of one: few rows are computed faster than Python goes from kernel to kernel, and than threads
 // are put to sleep and woken in between. To the last bit what the kernels give one after the other.
+#include <algorithm>
+
 #include "attention.h"
 #include "pointwise.h"
 #include "team.h"
@@ -34,39 +36,43 @@ struct Layer {
     MlpPart mlp;
 };
 
-// A step's attention, projections and all, with the room that it takes: for one layer after the other.
+// A step's attention, projections and all: for one layer after the other, in room that is given.
 template <class T>
 class Attends {
   public:
-    Attends(const Step& step, int64_t num_rows)
+    Attends(const Step& step, int64_t num_rows, T* room)
         : step(step),
           num_rows(num_rows),
           num_heads(step.heads + 2 * step.kv_heads),
-          projected(new T[num_rows * num_heads * step.dim]),
-          q(new T[num_rows * step.heads * step.dim]),
-          attended(new T[num_rows * step.heads * step.dim]),
+          projected(room),
+          q(projected + num_rows * num_heads * step.dim),
+          attended(q + num_rows * step.heads * step.dim),
           work(over(nullptr, nullptr).cut()) {}
 
-    // Of a team.
+    static int64_t room(const Step& step, int64_t num_rows) {
+        return num_rows * (3 * step.heads + 2 * step.kv_heads) * step.dim;
+    }
+
+    // Of a team. `out` may be x.
     void run(Team& team, const T* x, int64_t x_stride, const AttentionPart& part, T* out) {
-        multiply(team, x, x_stride, part.qkv, projected.get(), num_rows);
+        multiply(team, x, x_stride, part.qkv, projected, num_rows);
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < num_rows * num_heads; ++i) place(part, i / num_heads, i % num_heads);
         team.meet();
         over(part.keys, part.values).all(team, work);
-        multiply(team, attended.get(), step.heads * step.dim, part.o, out, num_rows);
+        multiply(team, attended, step.heads * step.dim, part.o, out, num_rows);
     }
 
   private:
     Attention<T> over(const void* keys, const void* values) const {
-        return {step.sequences, q.get(),       step.heads * step.dim, (const T*)keys, (const T*)values,
-                step.heads,     step.kv_heads, step.dim,              step.scale,     attended.get()};
+        return {step.sequences, q,             step.heads * step.dim, (const T*)keys, (const T*)values,
+                step.heads,     step.kv_heads, step.dim,              step.scale,     attended};
     }
 
     // Head h of row t, of first all queries', then all keys', then all values', to where attention finds it.
     void place(const AttentionPart& part, int64_t t, int64_t h) const {
         int64_t heads = step.heads, kv_heads = step.kv_heads, dim = step.dim;
-        T *from = projected.get() + (t * num_heads + h) * dim, *keys = (T*)part.keys, *values = (T*)part.values;
+        T *from = projected + (t * num_heads + h) * dim, *keys = (T*)part.keys, *values = (T*)part.values;
         const T* norm = (const T*)(h < heads ? part.q_norm : part.k_norm);
         int64_t cached = step.slots[t] * kv_heads * dim;
         if (h >= heads + kv_heads) {
@@ -74,70 +80,75 @@ class Attends {
             return;
         }
         if (norm) norm_row(from, norm, step.eps, from, dim);
-        T* to = h < heads ? q.get() + (t * heads + h) * dim : keys + cached + (h - heads) * dim;
+        T* to = h < heads ? q + (t * heads + h) * dim : keys + cached + (h - heads) * dim;
         rotate_row(from, (const T*)step.cos + t * (dim / 2), (const T*)step.sin + t * (dim / 2), to, dim);
     }
 
     const Step& step;
     int64_t num_rows, num_heads;
-    std::unique_ptr<T[]> projected, q, attended;
+    T *projected, *q, *attended;
     Work work;
 };
 
-// A gated MLP, with the room that it takes.
+// A gated MLP, in room that is given.
 template <class T>
 class Gates {
   public:
-    Gates(int64_t size, int64_t num_rows)
-        : size(size), num_rows(num_rows), both(new T[num_rows * 2 * size]), inner(new T[num_rows * size]) {}
+    Gates(int64_t size, int64_t num_rows, T* room)
+        : size(size), num_rows(num_rows), both(room), inner(room + num_rows * 2 * size) {}
 
-    // Of a team.
+    static int64_t room(int64_t size, int64_t num_rows) { return num_rows * 3 * size; }
+
+    // Of a team. `out` may be x.
     void run(Team& team, const T* x, int64_t x_stride, const MlpPart& part, T* out) {
         int64_t num_parts = (size + PART_OF_ROW - 1) / PART_OF_ROW;
-        multiply(team, x, x_stride, part.gate_up, both.get(), num_rows);
+        multiply(team, x, x_stride, part.gate_up, both, num_rows);
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < num_rows * num_parts; ++i) {
             int64_t t = i / num_parts, first = i % num_parts * PART_OF_ROW;
             int64_t count = size - first < PART_OF_ROW ? size - first : PART_OF_ROW;
-            const T* gate = both.get() + t * 2 * size + first;
-            gate_row(gate, gate + size, inner.get() + t * size + first, count);
+            const T* gate = both + t * 2 * size + first;
+            gate_row(gate, gate + size, inner + t * size + first, count);
         }
         team.meet();
-        multiply(team, inner.get(), size, part.down, out, num_rows);
+        multiply(team, inner, size, part.down, out, num_rows);
     }
 
   private:
     int64_t size, num_rows;
-    std::unique_ptr<T[]> both, inner;
+    T *both, *inner;
 };
 
+// x [num_rows, hidden] becomes what it is behind the layers. Beside it there are one more copy, which is what a part is
+// given and then what it adds, and the room of the larger part: what the planner counts.
 template <class T>
-void run_layers(const Layer* layers, int64_t num_layers, const Step& step, const T* x, int64_t x_stride, T* out,
-                int64_t num_rows, int64_t hidden, int num_threads) {
-    Attends<T> attention(step, num_rows);
-    Gates<T> mlp(layers->mlp.down.size, num_rows);
-    std::unique_ptr<T[]> normed(new T[num_rows * hidden]), added(new T[num_rows * hidden]());
+void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x, int64_t num_rows, int64_t hidden,
+                int num_threads) {
+    int64_t size = layers->mlp.down.size;
+    std::unique_ptr<T[]> room(new T[std::max(Attends<T>::room(step, num_rows), Gates<T>::room(size, num_rows))]);
+    std::unique_ptr<T[]> copy(new T[num_rows * hidden]);
+    Attends<T> attention(step, num_rows, room.get());
+    Gates<T> mlp(size, num_rows, room.get());
     Team team;
 #pragma omp parallel num_threads(num_threads) if (layers->mlp.gate_up.num_bytes() > WORTH_A_TEAM)
     {
-        // Takes up what the part before has added; `weight` is of the norm of what the next one is given.
-        auto go_on = [&](const T* from, int64_t stride, bool adds, const void* weight) {
+        // Takes up what the part before has added, and gives the next one what it wants: `weight` is its norm's.
+        auto go_on = [&](bool adds, const void* weight) {
 #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < num_rows; ++t) {
-                T* to = out + t * hidden;
-                if (from != out) std::memcpy(to, from + t * stride, hidden * sizeof(T));
-                if (adds) add_row(to, added.get() + t * hidden, hidden);
-                if (weight) norm_row(to, (const T*)weight, step.eps, normed.get() + t * hidden, hidden);
+                T *row = x + t * hidden, *other = copy.get() + t * hidden;
+                if (adds) add_row(row, other, hidden);
+                if (weight) norm_row(row, (const T*)weight, step.eps, other, hidden);
             }
             team.meet();
         };
-        go_on(x, x_stride, false, layers->attention_norm);
+        go_on(false, layers->attention_norm);
         for (int64_t i = 0; i < num_layers; ++i) {
             const Layer& layer = layers[i];
-            attention.run(team, normed.get(), hidden, layer.attention, added.get());
-            go_on(out, hidden, true, layer.mlp_norm);
-            mlp.run(team, normed.get(), hidden, layer.mlp, added.get());
-            go_on(out, hidden, true, i + 1 < num_layers ? layers[i + 1].attention_norm : nullptr);
+            attention.run(team, copy.get(), hidden, layer.attention, copy.get());
+            go_on(true, layer.mlp_norm);
+            mlp.run(team, copy.get(), hidden, layer.mlp, copy.get());
+            go_on(true, i + 1 < num_layers ? layers[i + 1].attention_norm : nullptr);
         }
     }
 }
@@ -147,22 +158,23 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, const
 #define EXPORT(T, SUFFIX)                                                                                              \
     extern "C" void attend_whole_##SUFFIX(const T* x, int64_t x_stride, const AttentionPart* part, const Step* step,   \
                                           T* out, int64_t num_rows, int num_threads) {                                 \
-        Attends<T> attention(*step, num_rows);                                                                         \
+        std::unique_ptr<T[]> room(new T[Attends<T>::room(*step, num_rows)]);                                           \
+        Attends<T> attention(*step, num_rows, room.get());                                                             \
         Team team;                                                                                                     \
         _Pragma("omp parallel num_threads(num_threads) if (part->qkv.num_bytes() > WORTH_A_TEAM)")                     \
         attention.run(team, x, x_stride, *part, out);                                                                  \
     }                                                                                                                  \
     extern "C" void mlp_##SUFFIX(const T* x, int64_t x_stride, const MlpPart* part, T* out, int64_t num_rows,          \
                                  int num_threads) {                                                                    \
-        Gates<T> mlp(part->down.size, num_rows);                                                                       \
+        std::unique_ptr<T[]> room(new T[Gates<T>::room(part->down.size, num_rows)]);                                   \
+        Gates<T> mlp(part->down.size, num_rows, room.get());                                                           \
         Team team;                                                                                                     \
         _Pragma("omp parallel num_threads(num_threads) if (part->gate_up.num_bytes() > WORTH_A_TEAM)")                 \
         mlp.run(team, x, x_stride, *part, out);                                                                        \
     }                                                                                                                  \
-    extern "C" void run_layers_##SUFFIX(const Layer* layers, int64_t num_layers, const Step* step, const T* x,         \
-                                        int64_t x_stride, T* out, int64_t num_rows, int64_t hidden,                    \
-                                        int num_threads) {                                                             \
-        run_layers(layers, num_layers, *step, x, x_stride, out, num_rows, hidden, num_threads);                        \
+    extern "C" void run_layers_##SUFFIX(const Layer* layers, int64_t num_layers, const Step* step, T* x,               \
+                                        int64_t num_rows, int64_t hidden, int num_threads) {                           \
+        run_layers(layers, num_layers, *step, x, num_rows, hidden, num_threads);                                       \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

@@ -40,7 +40,8 @@ void multiply_plain(Team& team, const T* x, int64_t x_stride, const Matrix& w, T
 
 template <class T>
 void multiply(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    if (w.bits) return multiply_packed(team, x, x_stride, w, out, num_rows);
+    if (w.bits == 8) return multiply_eight_bits(team, x, x_stride, w, out, num_rows);
+    if (w.bits == 4) return multiply_four_bits(team, x, x_stride, w, out, num_rows);
     multiply_plain(team, x, x_stride, w, out, num_rows);
 }
 

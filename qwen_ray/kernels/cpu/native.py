@@ -176,7 +176,7 @@ class NativeKernels:
         self._attend = library.function(f"attend_{suffix}", "pnpppnnnfpi")
         self._attend_whole = library.function(f"attend_whole_{suffix}", "pnpppni")
         self._mlp = library.function(f"mlp_{suffix}", "pnppni")
-        self._run_layers = library.function(f"run_layers_{suffix}", "pnppnpnni")
+        self._run_layers = library.function(f"run_layers_{suffix}", "pnppnni")
 
     def _room(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype)  # twice as fast as x.new_empty, and called a hundred times a step
@@ -186,7 +186,7 @@ class NativeKernels:
         return self._multiply(x, Matrix.of(weight, bias)) if self.takes(x) else reference.linear(x, weight, bias)
 
     def linear_packed(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        """As `quantized.linear_packed`, with rows of x rounded to 16 bits, or beside 4-bit weights to 8."""
+        """As `quantized.linear_packed`, with rows of x rounded as it says there."""
         if x.dtype is not self._dtype:
             return quantized.linear_packed(x, weight, bias)
         return self._multiply(x, Matrix.of(weight, bias))
@@ -240,14 +240,12 @@ class NativeKernels:
         )
         return Layers(array=array, weights=tuple(layers))
 
-    def layers(self, x: torch.Tensor, prepared: Layers, places: Places) -> torch.Tensor:
+    def layers(self, x: torch.Tensor, prepared: Layers, places: Places) -> None:
         """As `LayerKernels.layers`."""
-        x, step = rows_together(x), Step.of(prepared.weights[0].attention, places)
-        num_rows, hidden = x.shape
-        out = self._room(num_rows, hidden)
-        given = prepared.array, len(prepared.array), byref(step), x.data_ptr(), x.stride(0)
-        self._run_layers(*given, out.data_ptr(), num_rows, hidden, torch.get_num_threads())
-        return out
+        assert x.is_contiguous(), "changed in place"
+        step = Step.of(prepared.weights[0].attention, places)
+        given = prepared.array, len(prepared.array), byref(step), x.data_ptr()
+        self._run_layers(*given, *x.shape, torch.get_num_threads())
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """As `reference.rms_norm`; x [T, hidden] or [T, heads, D]."""

@@ -20,15 +20,4 @@ inline i32x16 multiply_add(i32x16 sum, u32x16 w, i32x16 x) {
 #endif
 }
 
-// The scale of numbers that shall reach up to `limit`, of which `most` holds the largest sizes; NaN if `spoilt` is.
-struct Scale {
-    float value, inverse;
-
-    Scale(f32x16 most, f32x16 spoilt, float limit) {
-        float scale = largest(most) / limit;
-        inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-        value = scale + sum(spoilt);
-    }
-};
-
 inline i32x16 nearest(f32x16 v) { return (i32x16)(v + 12582912.0f) - 0x4b400000; }

@@ -54,7 +54,7 @@ struct Matrix {
 template <class T>
 void multiply(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
 template <class T>
-void multiply_packed(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
+void multiply_eight_bits(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
 template <class T>
 void multiply_four_bits(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
 
