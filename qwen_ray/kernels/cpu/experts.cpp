@@ -42,7 +42,7 @@ void run_experts(const T* x, int64_t x_stride, int64_t num_tokens, const int64_t
                  int64_t hidden, T* middle, T* parts, T* out, int num_threads) {
     Choices choices(slots, num_tokens * top_k, num_slots);
     int64_t num_pairs = choices.pairs.size();
-    Widened<T> tokens(num_tokens, hidden), middles(num_pairs, inner);
+    Factors<T> tokens(num_tokens, hidden), middles(num_pairs, inner);
     std::vector<const float*> rows(num_pairs);
     std::vector<Piece> ups = choices.pieces(inner, 2 * hidden * sizeof(T)), 
                        downs = choices.pieces(hidden, inner * sizeof(T));

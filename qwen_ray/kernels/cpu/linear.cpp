@@ -5,7 +5,7 @@
 namespace {
 
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of weights that a thread takes at a time
-constexpr int64_t MOST_ROWS = 256;          // of x that are widened at once, if all of them stay in a cache
+constexpr int64_t MOST_ROWS = 256;          // of x that are made ready at once
 
 template <class T>
 void multiply_plain(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
@@ -14,17 +14,15 @@ void multiply_plain(Team& team, const T* x, int64_t x_stride, const Matrix& w, T
     int64_t piece = PIECE_BYTES / (size * int64_t(sizeof(T)) + 1) / ROWS * ROWS;
     piece = piece < ROWS ? ROWS : piece;
     int64_t num_pieces = (out_size + piece - 1) / piece;
-    int64_t at_once = CACHE_BYTES / (size * int64_t(sizeof(float)) + 1) / COLUMNS * COLUMNS;
-    at_once = at_once < COLUMNS ? COLUMNS : at_once > MOST_ROWS ? MOST_ROWS : at_once;
-    for (int64_t begin = 0; begin < num_rows; begin += at_once) {
-        int64_t count = num_rows - begin < at_once ? num_rows - begin : at_once;
-        auto take = [&](Widened<T>& to, int64_t c) { to.take(c, x + (begin + c) * x_stride); };
-        auto wide = made_ready<Widened<T>>(team, count, take, size);
+    for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
+        int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
+        auto take = [&](Factors<T>& to, int64_t c) { to.take(c, x + (begin + c) * x_stride); };
+        auto ready = made_ready<Factors<T>>(team, count, take, size);
         T* to = out + begin * out_size;
 #pragma omp for schedule(dynamic) nowait
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t first = p * piece, rows = out_size - first < piece ? out_size - first : piece;
-            products<T>(values + first * w_stride, w_stride, rows, wide->rows.data(), count, size,
+            products<T>(values + first * w_stride, w_stride, rows, ready->rows.data(), count, size,
                         [&](auto n, int64_t r, int64_t c, int width, f32x16 v) __attribute__((always_inline)) {
                             constexpr int N = decltype(n)::value;
                             int64_t row = first + r;

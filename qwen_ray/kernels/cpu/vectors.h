@@ -1,10 +1,11 @@
 // Sixteen float32 lanes, whatever the machine: what all kernels here are written in.
 //
 // GCC's and Clang's vector extensions: the compiler makes one AVX-512 register of a vector, or two of AVX2. Products are
-// fused multiply-adds of float32, also of bfloat16, which is exact: the processors' own dot products of bfloat16 are half
-// as fast. A sum over a row always runs in the same order: element i of a step goes to lane i (bfloat16: elements 2i, then
-// 2i + 1), steps follow each other, lanes are added as in `add_lanes`. So a result depends on its own row and column
-// alone, never on how many others are computed with it, nor on the machine.
+// fused multiply-adds of float32, also of bfloat16, which is exact. A sum over a row always runs in the same order: element
+// i of a step goes to lane i (bfloat16: elements 2i + 1, then 2i), steps follow each other, lanes are added as in
+// `add_lanes`. So a result depends on its own row and column alone, never on how many others are computed with it, nor on
+// the machine: the processors' own products of pairs of bfloat16 add in that order, too. (They take what is below 1e-38
+// for 0.)
 #pragma once
 
 #include <immintrin.h>
@@ -55,7 +56,7 @@ inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays Na
     return __builtin_convertvector((v == v) ? even : nan, u16x16);
 }
 
-// How elements of type T are loaded and stored, and how they are widened to be multiplied: STEP of them, in PARTS vectors.
+// How elements of type T are loaded and stored, and what is multiplied of them: STEP at once, as PARTS vectors of factors.
 template <class T>
 struct Row;
 
@@ -64,19 +65,30 @@ struct Row<float> {
     static constexpr int STEP = 16, PARTS = 1;
     static f32x16 load16(const float* from) { return load<f32x16>(from); }
     static void save16(float* to, f32x16 v) { save(to, v); }
-    static void widen(const float* from, f32x16* to) { to[0] = load<f32x16>(from); }
+    static void factors(const float* from, f32x16* to) { to[0] = load<f32x16>(from); }
+    static f32x16 multiply_add(f32x16 sum, f32x16 a, f32x16 b) { return sum + a * b; }
 };
 
 template <>
 struct Row<bf16> {
-    static constexpr int STEP = 32, PARTS = 2;  // the elements with even numbers, those with odd ones
+    static constexpr int STEP = 32;
     static f32x16 load16(const bf16* from) { return to_float(load<u16x16>(from)); }
     static void save16(bf16* to, f32x16 v) { save(to, to_bf16(v)); }
-    static void widen(const bf16* from, f32x16* to) {
-        u32x16 both = load<u32x16>(from);
-        to[0] = (f32x16)(both << 16);
-        to[1] = (f32x16)(both & 0xffff0000);
+#if defined(__AVX512BF16__)
+    static constexpr int PARTS = 1;  // pairs, as they are
+    static void factors(const bf16* from, f32x16* to) { to[0] = load<f32x16>(from); }
+    static f32x16 multiply_add(f32x16 sum, f32x16 a, f32x16 b) {
+        return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
+#else
+    static constexpr int PARTS = 2;  // widened: the elements with odd numbers, those with even ones
+    static void factors(const bf16* from, f32x16* to) {
+        u32x16 both = load<u32x16>(from);
+        to[0] = (f32x16)(both & 0xffff0000);
+        to[1] = (f32x16)(both << 16);
+    }
+    static f32x16 multiply_add(f32x16 sum, f32x16 a, f32x16 b) { return sum + a * b; }
+#endif
 };
 
 template <>
@@ -94,20 +106,26 @@ struct Row<fp16> {
     }
 };
 
-// A row as `widen` has it, step after step, zeros behind it.
+// Of a row, in floats.
 template <class T>
-inline void widen_row(const T* from, int64_t size, float* to) {
-    constexpr int STEP = Row<T>::STEP;
-    for (int64_t k = 0; k < size; k += STEP) {
-        f32x16 v[Row<T>::PARTS];
+constexpr int64_t factors_size(int64_t size) {
+    return (size + Row<T>::STEP - 1) / Row<T>::STEP * Row<T>::PARTS * 16;
+}
+
+// A row as `factors` has it, step after step, zeros behind it.
+template <class T>
+inline void factor_row(const T* from, int64_t size, float* to) {
+    constexpr int STEP = Row<T>::STEP, PARTS = Row<T>::PARTS;
+    for (int64_t k = 0; k < size; k += STEP, to += 16 * PARTS) {
+        f32x16 v[PARTS];
         if (k + STEP <= size) {
-            Row<T>::widen(from + k, v);
+            Row<T>::factors(from + k, v);
         } else {
             T room[STEP] = {};
             std::memcpy(room, from + k, (size - k) * sizeof(T));
-            Row<T>::widen(room, v);
+            Row<T>::factors(room, v);
         }
-        for (int i = 0; i < Row<T>::PARTS; ++i) save(to + k + 16 * i, v[i]);
+        for (int i = 0; i < PARTS; ++i) save(to + 16 * i, v[i]);
     }
 }
 
