@@ -17,8 +17,17 @@ constexpr int ROWS = 4, COLUMNS = 4;  // of 32 registers 16 hold sums
 #else
 constexpr int ROWS = 2, COLUMNS = 2;
 #endif
-constexpr int64_t PART = 2048;               // of a row, that is multiplied before its next part
+constexpr int64_t ROW_PART = 2048;               // of a row, that is multiplied before its next part
+constexpr int64_t AHEAD = 4096;              // bytes: where one row is multiplied, weights are asked for so early
 constexpr int64_t CACHE_BYTES = 512 << 10;   // of activations that stay in a core's own cache while weights pass by
+
+// STEP elements of a row, or `count` and zeros, as factors.
+template <class T>
+inline void some_factors(const T* from, int64_t count, f32x16* to) {
+    T room[Row<T>::STEP] = {};
+    std::memcpy(room, from, count * sizeof(T));
+    Row<T>::factors(room, to);
+}
 
 // Elements `from` to `size` of the rows. Lane c * R + r of the result: row w[r] times row x[c]. `kept` [R * C] has the
 // sums over what is before, and gets those that `is_last` does not add up yet. `ahead` bytes on lies what will be asked
@@ -34,36 +43,58 @@ template <class T, int R, int C>
     }
     const T* wr[R];
     const float* xc[C];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) wr[r] = w[r];
-    for (int c = 0; c < C; ++c) xc[c] = x[c];
-    int64_t at = factors_size<T>(from);
-    auto step = [&](const f32x16 (&a)[R][PARTS]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) xc[c] = x[c] + factors_size<T>(from);
+    if constexpr (C == 1) {
+        // Nothing but weights to wait for: row after row, as they lie in memory.
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const float* at = xc[0];
+            int64_t k = from;
+            f32x16 a[PARTS];
+            auto step = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 2
-        for (int i = 0; i < PARTS; ++i, at += 16)
-#pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) {
-                f32x16 b = load<f32x16>(xc[c] + at);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) sums[c * R + r] = Row<T>::multiply_add(sums[c * R + r], a[r][i], b);
+                for (int i = 0; i < PARTS; ++i, at += 16) sums[r] = Row<T>::multiply_add(sums[r], a[i], load<f32x16>(at));
+            };
+            for (; k + STEP <= size; k += STEP) {
+                Row<T>::factors(wr[r] + k, a);
+                for (int line = 0; line < STEP * int64_t(sizeof(T)); line += 64)
+                    __builtin_prefetch((const char*)(wr[r] + k) + AHEAD + line);
+                step();
             }
-    };
-    f32x16 a[R][PARTS];
-    int64_t k = from;
-    for (; k + STEP <= size; k += STEP) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            Row<T>::factors(wr[r] + k, a[r]);
-            __builtin_prefetch((const char*)(wr[r] + k) + ahead);
+            if (k < size) {
+                some_factors(wr[r] + k, size - k, a);
+                step();
+            }
         }
-        step(a);
-    }
-    if (k < size) {
-        for (int r = 0; r < R; ++r) {
-            T room[STEP] = {};
-            std::memcpy(room, wr[r] + k, (size - k) * sizeof(T));
-            Row<T>::factors(room, a[r]);
+    } else {
+        f32x16 a[R][PARTS];
+        auto step = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 2
+            for (int i = 0; i < PARTS; ++i)
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c, xc[c - 1] += 16) {
+                    f32x16 b = load<f32x16>(xc[c]);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r) sums[c * R + r] = Row<T>::multiply_add(sums[c * R + r], a[r][i], b);
+                }
+        };
+        int64_t k = from;
+        for (; k + STEP <= size; k += STEP) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                Row<T>::factors(wr[r] + k, a[r]);
+                __builtin_prefetch((const char*)(wr[0] + k * R) + ahead + r * 64);  // line after line: R rows together
+            }
+            step();
         }
-        step(a);
+        if (k < size) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) some_factors(wr[r] + k, size - k, a[r]);
+            step();
+        }
     }
     if (is_last) return add_lanes<R * C>(sums);
 #pragma GCC unroll 16
@@ -100,15 +131,16 @@ inline void scatter(f32x16 v, int width, At at) {
 template <class T, class Store>
 inline void products(const T* w, int64_t stride, int64_t num_rows, const float* const* x, int64_t num_columns,
                      int64_t size, Store store) {
-    int64_t at_once = CACHE_BYTES / (factors_size<T>(std::min(size, PART)) * int64_t(sizeof(float)) + 1);
+    int64_t part = num_columns > COLUMNS && size > ROW_PART ? ROW_PART : size;  // few columns: no row is read twice
+    int64_t at_once = CACHE_BYTES / (factors_size<T>(part) * int64_t(sizeof(float)) + 1);
     at_once = at_once < COLUMNS ? COLUMNS : at_once / COLUMNS * COLUMNS;
-    std::unique_ptr<f32x16[]> kept(size > PART ? new f32x16[(num_rows + ROWS) * at_once] : nullptr);
+    std::unique_ptr<f32x16[]> kept(part < size ? new f32x16[(num_rows + ROWS) * at_once] : nullptr);
     for (int64_t from = 0; from < num_columns; from += at_once) {
         int64_t to = from + at_once < num_columns ? from + at_once : num_columns;
         int64_t ahead = from == 0 ? ROWS * stride * int64_t(sizeof(T)) : 0;
-        for (int64_t k = 0; k == 0 || k < size; k += PART) {
-            bool is_last = k + PART >= size;
-            int64_t end = is_last ? size : k + PART;
+        for (int64_t k = 0; k == 0 || k < size; k += part) {
+            bool is_last = k + part >= size;
+            int64_t end = is_last ? size : k + part;
             auto rows = [&](auto n, int64_t r) __attribute__((always_inline)) {
                 constexpr int N = decltype(n)::value;
                 const T* own[N];
