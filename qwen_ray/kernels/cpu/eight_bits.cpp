@@ -16,7 +16,12 @@ struct EightBits {
 
     u32x16 four(int64_t g, int q) const { return load<u32x16>(values + (g * QUADS + q) * 4 * LANES); }
 
+    template <int C>
     void fours(int64_t g, int q, u32x16 (&two)[2]) const {
+        if (C > 1) {  // one row of x keeps up with what processors foresee
+            ask_ahead(values + (g * QUADS + q) * 4 * LANES);
+            ask_ahead(values + (g * QUADS + q + 1) * 4 * LANES);
+        }
         two[0] = four(g, q);
         two[1] = four(g, q + 1);
     }

@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // bytes: three streams at a time are more than processors foresee
-
 struct FourBits {
     static constexpr int PARTS = 2;  // scales are for 32 columns or more
     static constexpr int PART = GROUP / PARTS;
@@ -18,9 +16,10 @@ struct FourBits {
         least = (const fp16*)w.least + first;
     }
 
+    template <int C>
     void fours(int64_t g, int q, u32x16 (&two)[2]) const {
         const uint8_t* at = values + (g * QUADS + q) * 2 * LANES;
-        __builtin_prefetch(at + AHEAD);
+        ask_ahead(at);  // three streams at a time are more than processors foresee
         u32x16 packed = load<u32x16>(at);
         two[0] = packed & 0x0f0f0f0fu;
         two[1] = (packed >> 4) & 0x0f0f0f0fu;
@@ -28,7 +27,7 @@ struct FourBits {
 
     u32x16 four(int64_t g, int q) const {
         u32x16 two[2];
-        fours(g, q & ~1, two);
+        fours<1>(g, q & ~1, two);
         return two[q & 1];
     }
 

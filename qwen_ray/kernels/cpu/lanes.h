@@ -93,7 +93,7 @@ class Rounded {
 
 // C rows of x times a block of weights: sums[c], a lane to each row of weights. W is such a block:
 //   PARTS                            of a group, whose products are integers until they meet the scales
-//   fours(g, q, u32x16 (&two)[2])    columns 4 q to 4 q + 7 of group g, without a sign
+//   fours<C>(g, q, u32x16 (&two)[2]) columns 4 q to 4 q + 7 of group g, without a sign
 //   four(g, q)                       columns 4 q to 4 q + 3
 //   add(sums, whole, g, part, facts) `whole`: the sums over a part's columns
 //   finish(sums)
@@ -113,7 +113,7 @@ template <class W, int C>
 #pragma GCC unroll 8
             for (int q = part * PART; q < (part + 1) * PART; q += 2) {
                 u32x16 two[2];
-                w.fours(g, q, two);
+                w.template fours<C>(g, q, two);
 #pragma GCC unroll 8
                 for (int c = 0; c < C; ++c) {
                     whole[c] = multiply_add(whole[c], two[0], i32x16{} + load<int32_t>(group.low[c] + 4 * q));

@@ -18,7 +18,6 @@ constexpr int ROWS = 4, COLUMNS = 4;  // of 32 registers 16 hold sums
 constexpr int ROWS = 2, COLUMNS = 2;
 #endif
 constexpr int64_t ROW_PART = 2048;               // of a row, that is multiplied before its next part
-constexpr int64_t AHEAD = 4096;              // bytes: where one row is multiplied, weights are asked for so early
 constexpr int64_t CACHE_BYTES = 512 << 10;   // of activations that stay in a core's own cache while weights pass by
 
 // STEP elements of a row, or `count` and zeros, as factors.
@@ -60,8 +59,7 @@ template <class T, int R, int C>
             };
             for (; k + STEP <= size; k += STEP) {
                 Row<T>::factors(wr[r] + k, a);
-                for (int line = 0; line < STEP * int64_t(sizeof(T)); line += 64)
-                    __builtin_prefetch((const char*)(wr[r] + k) + AHEAD + line);
+                ask_ahead(wr[r] + k);
                 step();
             }
             if (k < size) {

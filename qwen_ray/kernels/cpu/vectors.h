@@ -43,6 +43,9 @@ inline void save(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
+// Of memory that is read from one end to the other: what lies 4 KiB behind `from`.
+inline void ask_ahead(const void* from) { __builtin_prefetch((const char*)from + 4096); }
+
 inline f32x16 fill(float value) { return f32x16{} + value; }
 
 // --- float32 and bfloat16 ---------------------------------------------------------------------------------------------
