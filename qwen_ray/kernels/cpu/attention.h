@@ -46,9 +46,9 @@ struct Work {
 
 // What a thread works in.
 struct Room {
-    float* queries;  // [queries, dim], widened
-    float* scores;   // [queries, PART]
-    float* block;    // [dim, BLOCK] of keys, [BLOCK, width] of values
+    float* queries;  // [queries, num_factors]
+    float* scores;   // [queries, PART]; then weights, as factors
+    float* block;    // [num_factors, BLOCK] of keys, [BLOCK, width] of values
     float *results, *part;  // [queries, EXTRA + width]
 };
 
@@ -63,8 +63,29 @@ inline float exponential_of(float x) { return exponential(fill(x))[0]; }
     for (int64_t d = 0; d < size; ++d) sum[EXTRA + d] = sum[EXTRA + d] * before + part[EXTRA + d] * now;
 }
 
-// sums[h][d] += weights[h][t] * values[t][d], t after t, for H queries and VECTORS vectors of d.
-template <int H>
+inline f32x16 of_bits(const float* factor) { return (f32x16)(i32x16{} + load<int32_t>(factor)); }
+
+// 16 factors of elements that follow each other, as they follow; zeros for what is behind `count` elements.
+template <class T>
+inline f32x16 load_factors(const T* from, int64_t count) {
+    if constexpr (Row<T>::EACH == 1) return load_up_to_16(from, count);
+    f32x16 v{};
+    if (count >= Row<T>::STEP)
+        Row<T>::factors(from, &v);
+    else if (count > 0)
+        some_factors(from, count, &v);
+    return v;
+}
+
+// The same 16 in their places.
+template <class T>
+inline f32x16 in_place(f32x16 v) {
+    if constexpr (Row<T>::place(0)) return SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return v;
+}
+
+// sums[h][d] += weights[h][p] * values[p][d], factor after factor, for H queries and VECTORS vectors of d.
+template <class T, int H>
 [[gnu::noinline]] void add_values(const float* values, int64_t stride, const float* weights, int64_t count, float* sums,
                                   int64_t sums_stride) {
     f32x16 s[H][VECTORS];
@@ -72,15 +93,15 @@ template <int H>
     for (int h = 0; h < H; ++h)
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; ++i) s[h][i] = load<f32x16>(sums + h * sums_stride + 16 * i);
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t p = 0; p < count; ++p) {
         f32x16 v[VECTORS];
 #pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; ++i) v[i] = load<f32x16>(values + t * stride + 16 * i);
+        for (int i = 0; i < VECTORS; ++i) v[i] = load<f32x16>(values + p * stride + 16 * i);
 #pragma GCC unroll 8
         for (int h = 0; h < H; ++h) {
-            float weight = weights[h * PART + t];
+            f32x16 weight = of_bits(weights + h * PART + p);
 #pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; ++i) s[h][i] += weight * v[i];
+            for (int i = 0; i < VECTORS; ++i) s[h][i] = Row<T>::multiply_add(s[h][i], weight, v[i]);
         }
     }
 #pragma GCC unroll 8
@@ -104,32 +125,34 @@ inline void transpose(f32x16* rows) {  // 16 of them
     zip(other, rows);
 }
 
-// turned[d * BLOCK + t] = keys[t][d]; behind the last of `count` keys 0.
+// turned[p * BLOCK + t]: factor p of keys[t]; behind the last of `count` keys 0.
 template <class T>
 void turn(const T* const* keys, int64_t count, int64_t dim, float* turned) {
+    constexpr int EACH = Row<T>::EACH;
     for (int64_t t = 0; t < BLOCK; t += 16)
-        for (int64_t d = 0; d < dim; d += 16) {
+        for (int64_t d = 0; d < dim; d += 16 * EACH) {
             f32x16 rows[16];
-            for (int i = 0; i < 16; ++i)
-                rows[i] = t + i < count ? load_up_to_16(keys[t + i] + d, dim - d) : f32x16{};
+            for (int i = 0; i < 16; ++i) rows[i] = t + i < count ? load_factors(keys[t + i] + d, dim - d) : f32x16{};
             transpose(rows);
-            for (int i = 0; i < 16 && d + i < dim; ++i) save(turned + (d + i) * BLOCK + t, rows[i]);
+            for (int i = 0; i < 16; ++i) save(turned + Row<T>::place(d + i * EACH) * BLOCK + t, rows[i]);
         }
 }
 
-// scores[h][t] = scale * sum over d of queries[h][d] * turned[d][t], d after d, for H queries and VECTORS vectors of tokens.
-template <int H>
-[[gnu::noinline]] void multiply(const float* queries, const float* turned, int64_t dim, float scale, float* scores) {
+// scores[h][t] = scale * sum over p of queries[h][p] * turned[p][t], factor after factor, for H queries and VECTORS
+// vectors of tokens.
+template <class T, int H>
+[[gnu::noinline]] void multiply(const float* queries, const float* turned, int64_t num_factors, float scale,
+                                float* scores) {
     f32x16 s[H][VECTORS] = {};
-    for (int64_t d = 0; d < dim; ++d) {
+    for (int64_t p = 0; p < num_factors; ++p) {
         f32x16 k[VECTORS];
 #pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; ++i) k[i] = load<f32x16>(turned + d * BLOCK + 16 * i);
+        for (int i = 0; i < VECTORS; ++i) k[i] = load<f32x16>(turned + p * BLOCK + 16 * i);
 #pragma GCC unroll 8
         for (int h = 0; h < H; ++h) {
-            float q = queries[h * dim + d];
+            f32x16 q = of_bits(queries + h * num_factors + p);
 #pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; ++i) s[h][i] += q * k[i];
+            for (int i = 0; i < VECTORS; ++i) s[h][i] = Row<T>::multiply_add(s[h][i], q, k[i]);
         }
     }
 #pragma GCC unroll 8
@@ -158,6 +181,7 @@ inline void by_tiles(int64_t first, int64_t end, Work work) {
 
 template <class T>
 struct Attention : Sequences {
+    static constexpr int EACH = Row<T>::EACH;
     const T* q;  // row r, head h at r * q_stride + h * dim
     int64_t q_stride;
     const T *keys, *values;  // [blocks, block size, KV heads, dim]
@@ -168,6 +192,7 @@ struct Attention : Sequences {
     int64_t group() const { return heads / kv_heads; }
     int64_t width() const { return (dim + 16 * VECTORS - 1) / (16 * VECTORS) * (16 * VECTORS); }  // dim and zeros
     int64_t result_size() const { return EXTRA + width(); }
+    int64_t num_factors() const { return (dim + 16 * EACH - 1) / (16 * EACH) * 16; }  // of a query and a key
 
     // Query j of a piece: its rows one after the other, of each all heads of the group.
     int64_t element(const Piece& piece, int64_t j) const {  // of q and, with heads * dim for stride, of out
@@ -194,25 +219,42 @@ struct Attention : Sequences {
             turn(keys_of + t, n, dim, turned);
             by_tiles(0, num_queries, [&](auto h, int64_t j) __attribute__((always_inline)) {
                 for (int64_t v = 0; v < n; v += 16 * VECTORS)
-                    multiply<decltype(h)::value>(queries + j * dim, turned + v, dim, scale, scores + j * PART + t + v);
+                    multiply<T, decltype(h)::value>(queries + j * num_factors(), turned + v, num_factors(), scale,
+                                                    scores + j * PART + t + v);
             });
         }
     }
 
-    // The first `count` scores become weights that are not yet divided by their sum, the others up to `end` 0.
+    // The first `count` scores become weights that are not yet divided by their sum, the others up to `end` 0; rounded
+    // as T, they are factors.
     static void weigh(float* scores, int64_t count, int64_t end, float* result) {
         for (int64_t t = count; t % 16; ++t) scores[t] = -__builtin_inff();
         f32x16 best = load<f32x16>(scores), added{};
         for (int64_t t = 16; t < count; t += 16) best = larger(best, load<f32x16>(scores + t));
         float most = largest(best);
-        for (int64_t t = 0; t < count; t += 16) {
-            f32x16 w = exponential(load<f32x16>(scores + t) - most);
+        for (int64_t t = 0; t < end; t += 16) {
+            f32x16 w = t < count ? rounded<T>(exponential(load<f32x16>(scores + t) - most)) : f32x16{};
             added += w;
-            save(scores + t, w);
+            if constexpr (EACH == 2)
+                Row<T>::save16((T*)scores + t, w);
+            else
+                save(scores + t, in_place<T>(w));
         }
-        for (int64_t t = (count + 15) / 16 * 16; t < end; ++t) scores[t] = 0.0f;
         result[0] = most;
         result[1] = sum(added);
+    }
+
+    // Factors of `count` tokens' values: [BLOCK / EACH, width].
+    void line_up(const T* const* values_of, int64_t count, float* block) const {
+        auto some = [&](int64_t t, int64_t d) __attribute__((always_inline)) {
+            return t < count ? load_up_to_16(values_of[t] + d, dim - d) : f32x16{};
+        };
+        for (int64_t t = 0; t < count + count % 2; t += EACH)
+            for (int64_t d = 0; d < width(); d += 16) {
+                f32x16 v = some(t, d);
+                if constexpr (EACH == 2) v = (f32x16)((u32x16)v >> 16 | (u32x16)some(t + 1, d));
+                save(block + Row<T>::place(t) * width() + d, v);
+            }
     }
 
     // Queries from `first` on over the tokens [from, from + count): to results [queries, EXTRA + width].
@@ -227,7 +269,7 @@ struct Attention : Sequences {
             keys_of[i] = keys + at;
             values_of[i] = values + at;
         }
-        score(room.queries + first * dim, num_queries - first, keys_of, values_of, count, room.block,
+        score(room.queries + first * num_factors(), num_queries - first, keys_of, values_of, count, room.block,
               room.scores + first * PART);
         for (int64_t j = first; j < num_queries; ++j) {
             int64_t own = seen(piece, j) - from;
@@ -236,13 +278,12 @@ struct Attention : Sequences {
         }
         for (int64_t t = 0; t < count; t += BLOCK) {
             int64_t n = count - t < BLOCK ? count - t : BLOCK;
-            for (int64_t i = 0; i < n; ++i)
-                for (int64_t d = 0; d < width(); d += 16)
-                    save(room.block + i * width() + d, load_up_to_16(values_of[t + i] + d, dim - d));
+            line_up(values_of + t, n, room.block);
             by_tiles(first, num_queries, [&](auto h, int64_t j) __attribute__((always_inline)) {
                 for (int64_t d = 0; d < width(); d += 16 * VECTORS)
-                    add_values<decltype(h)::value>(room.block + d, width(), room.scores + j * PART + t, n,
-                                                   results + j * result_size() + EXTRA + d, result_size());
+                    add_values<T, decltype(h)::value>(room.block + d, width(), room.scores + j * PART + t / EACH,
+                                                      (n + n % 2) / EACH, results + j * result_size() + EXTRA + d,
+                                                      result_size());
             });
         }
     }
@@ -251,8 +292,8 @@ struct Attention : Sequences {
         int64_t num_queries = piece.count * group();
         for (int64_t j = 0; j < num_queries; ++j) {
             const T* own = q + row(piece, j) * q_stride + element(piece, j);
-            for (int64_t d = 0; d < dim; d += 16)
-                save_up_to_16(room.queries + j * dim + d, load_up_to_16(own + d, dim - d), dim - d);
+            for (int64_t p = 0; p < num_factors(); p += 16)
+                save(room.queries + j * num_factors() + p, in_place<T>(load_factors(own + p * EACH, dim - p * EACH)));
         }
         if (piece.partial) return run_part(piece, room, 0, num_queries, piece.from, piece.to - piece.from, piece.partial);
         for (int64_t from = piece.from; from < piece.to; from += PART) {
@@ -318,7 +359,7 @@ struct Attention : Sequences {
         int64_t num_pieces = work.pieces.size(), most = 0;
         for (const Piece& piece : work.pieces) most = piece.count * group() > most ? piece.count * group() : most;
         int64_t of_results = most * result_size();
-        std::vector<Line> lines((most * (dim + PART) + width() * BLOCK + 2 * of_results) / 16 + 1);
+        std::vector<Line> lines((most * (num_factors() + PART) + width() * BLOCK + 2 * of_results) / 16 + 1);
         Room room{};
         room.scores = lines.data()->floats;
         room.block = room.scores + most * PART;

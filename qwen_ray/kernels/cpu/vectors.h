@@ -60,12 +60,14 @@ inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays Na
 }
 
 // How elements of type T are loaded and stored, and what is multiplied of them: STEP at once, as PARTS vectors of factors.
+// A factor holds EACH elements. Where factors follow each other in a sum, `place` is that which holds element i.
 template <class T>
 struct Row;
 
 template <>
 struct Row<float> {
-    static constexpr int STEP = 16, PARTS = 1;
+    static constexpr int STEP = 16, PARTS = 1, EACH = 1;
+    static constexpr int64_t place(int64_t i) { return i; }
     static f32x16 load16(const float* from) { return load<f32x16>(from); }
     static void save16(float* to, f32x16 v) { save(to, v); }
     static void factors(const float* from, f32x16* to) { to[0] = load<f32x16>(from); }
@@ -78,13 +80,15 @@ struct Row<bf16> {
     static f32x16 load16(const bf16* from) { return to_float(load<u16x16>(from)); }
     static void save16(bf16* to, f32x16 v) { save(to, to_bf16(v)); }
 #if defined(__AVX512BF16__)
-    static constexpr int PARTS = 1;  // pairs, as they are
+    static constexpr int PARTS = 1, EACH = 2;  // pairs, as they are
+    static constexpr int64_t place(int64_t i) { return i / 2; }
     static void factors(const bf16* from, f32x16* to) { to[0] = load<f32x16>(from); }
     static f32x16 multiply_add(f32x16 sum, f32x16 a, f32x16 b) {
         return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
 #else
-    static constexpr int PARTS = 2;  // widened: the elements with odd numbers, those with even ones
+    static constexpr int PARTS = 2, EACH = 1;  // widened: the elements with odd numbers, those with even ones
+    static constexpr int64_t place(int64_t i) { return i ^ 1; }
     static void factors(const bf16* from, f32x16* to) {
         u32x16 both = load<u32x16>(from);
         to[0] = (f32x16)(both & 0xffff0000);
