@@ -233,7 +233,7 @@ struct Attention : Sequences {
         for (int64_t t = 16; t < count; t += 16) best = larger(best, load<f32x16>(scores + t));
         float most = largest(best);
         for (int64_t t = 0; t < end; t += 16) {
-            f32x16 w = t < count ? rounded<T>(exponential(load<f32x16>(scores + t) - most)) : f32x16{};
+            f32x16 w = t < count ? rounded<T>(exponential_of_negative(load<f32x16>(scores + t) - most)) : f32x16{};
             added += w;
             if constexpr (EACH == 2)
                 Row<T>::save16((T*)scores + t, w);

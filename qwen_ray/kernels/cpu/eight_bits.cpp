@@ -7,32 +7,41 @@ constexpr int OFFSET = 128;
 
 struct EightBits {
     static constexpr int PARTS = 1;
-    const uint8_t* values;  // [columns / 4][LANES][4]
-    const float* scales;    // [LANES]
+    const uint8_t* values;  // [blocks][columns / 4][LANES][4]
+    const float* scales;    // [blocks][LANES]
+    int64_t block_bytes;
 
     EightBits(const Matrix& w, int64_t block)
         : values((const uint8_t*)w.values + block * w.row_bytes * LANES),
-          scales((const float*)w.scales + block * LANES) {}
+          scales((const float*)w.scales + block * LANES),
+          block_bytes(w.row_bytes * LANES) {}
 
-    u32x16 four(int64_t g, int q) const { return load<u32x16>(values + (g * QUADS + q) * 4 * LANES); }
+    const uint8_t* at(int b, int64_t g, int q) const { return values + b * block_bytes + (g * QUADS + q) * 4 * LANES; }
 
     template <int C>
-    void fours(int64_t g, int q, u32x16 (&two)[2]) const {
-        if (C > 1) {  // one row of x keeps up with what processors foresee
-            ask_ahead(values + (g * QUADS + q) * 4 * LANES);
-            ask_ahead(values + (g * QUADS + q + 1) * 4 * LANES);
+    void fours(int b, int64_t g, int q, u32x16 (&two)[2]) const {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            if (C > 1) ask_ahead(at(b, g, q + i));  // one row of x keeps up with what processors foresee
+            two[i] = load<u32x16>(at(b, g, q + i));
         }
-        two[0] = four(g, q);
-        two[1] = four(g, q + 1);
     }
 
     template <int C>
-    void add(f32x16* sums, const i32x16* whole, int64_t, int, const Rounded::Facts* facts) const {
+    void add(f32x16* sums, const i32x16* whole, int, int64_t, int, const Rounded::Group& x) const {
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sums[c] = __builtin_convertvector(whole[c] - OFFSET * facts[c].total, f32x16);
+        for (int c = 0; c < C; ++c) {
+            float total = x.totals[c][0] + x.totals[c][1];
+            sums[c] += (__builtin_convertvector(whole[c], f32x16) - OFFSET * total) * x.scales[c];
+        }
     }
 
-    f32x16 finish(f32x16 sums) const { return sums * load<f32x16>(scales); }
+    f32x16 spike(int b, const Rounded::Spike& spike) const {
+        i32x16 whole = multiply_add(i32x16{}, load<u32x16>(at(b, 0, spike.four)), i32x16{} + spike.bytes);
+        return __builtin_convertvector(whole, f32x16) * spike.scale;
+    }
+
+    f32x16 finish(int b, f32x16 sums) const { return sums * load<f32x16>(scales + b * LANES); }
 };
 
 }  // namespace

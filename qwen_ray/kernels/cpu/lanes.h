@@ -7,6 +7,7 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 
 #include "rounding.h"
 #include "team.h"
@@ -16,48 +17,59 @@ namespace {
 constexpr int LANES = 16, GROUP = 64;       // rows of a block; columns that share an activation's scale
 constexpr int QUADS = GROUP / 4;            // four columns each
 constexpr int64_t PIECE_BYTES = 64 << 10;   // of weights that a thread takes at a time
-constexpr int64_t MOST_ROWS = 256;          // of x that are rounded at once
+constexpr int64_t MOST_ROWS = 256;          // of x that are rounded at once, if all of them stay in a core's own cache
+constexpr int64_t CACHE_BYTES = 768 << 10;
+constexpr int64_t PART = 16;                // groups of a row, that are multiplied before its next part
 #if defined(__AVX512F__)
-constexpr int COLUMNS = 8;  // rows of x at once: of 32 registers 24 hold sums
+constexpr int COLUMNS = 6, BLOCKS = 2;  // rows of x and blocks at once: of 32 registers 24 hold sums
 #else
-constexpr int COLUMNS = 2;
+constexpr int COLUMNS = 2, BLOCKS = 1;
 #endif
 
-// Rows of x as whole numbers. A group's scale lets a byte reach as far as its largest activation, or 5 times their mean
-// size if that is less: what is larger has a second byte, 256 times as much, and is multiplied a second time. So one that
-// stands out does not cost the others their precision. COLUMNS rows lie beside each other, group by group.
+// Rows of x as whole numbers. A group's scale lets a byte reach as far as its largest activation, or 6 times their mean
+// size if that is less: so one that stands out does not cost the others their precision. It has a second byte, 256 times
+// as much, and is one of the row's `Spike`s. COLUMNS rows lie beside each other, group by group.
 class Rounded {
   public:
-    struct Facts {
-        float scale;
-        int32_t total;      // of the group, whole
-        float totals[2];    // of its halves
-        uint32_t large;     // bit q: some of four q have a second byte
-    };
     struct alignas(64) Group {
-        int8_t low[COLUMNS][GROUP], high[COLUMNS][GROUP];  // high: where `large` says so
-        Facts facts[COLUMNS];
+        int8_t values[COLUMNS][GROUP];
+        float scales[COLUMNS];
+        float totals[COLUMNS][2];  // of each half of a row: whole numbers, spikes and all
+    };
+    struct Spike {
+        int32_t four, bytes;  // columns 4 * four and the next three: their second bytes
+        float scale;
     };
 
     Rounded(int64_t num_rows, int64_t num_groups)
-        : num_groups(num_groups), groups(new Group[(num_rows + COLUMNS - 1) / COLUMNS * num_groups]) {}
+        : num_groups(num_groups),
+          groups(new Group[(num_rows + COLUMNS - 1) / COLUMNS * num_groups]),
+          spikes(new Spike[num_rows * num_groups * QUADS]),
+          num_spikes(new int64_t[num_rows]) {}
 
-    // Those of rows `row` to row + COLUMNS - 1, of which `row` is the first of its groups.
-    const Group* of(int64_t row) const { return groups.get() + row / COLUMNS * num_groups; }
+    // Those of row `first` and the rows beside it, of which it is the first.
+    const Group* of(int64_t first) const { return groups.get() + first / COLUMNS * num_groups; }
+
+    // add(spike), for each of a row.
+    template <class Add>
+    void each_spike(int64_t row, Add add) const {
+        const Spike* own = spikes.get() + row * num_groups * QUADS;
+        for (int64_t i = 0; i < num_spikes[row]; ++i) add(own[i]);
+    }
 
     template <class T>
     void take(int64_t row, const T* from, int64_t size) {
-        for (int64_t g = 0; g < num_groups; ++g)
-            take_group(groups[row / COLUMNS * num_groups + g], row % COLUMNS, from + g * GROUP, size - g * GROUP);
+        num_spikes[row] = 0;
+        for (int64_t g = 0; g < num_groups; ++g) take_group(row, g, from + g * GROUP, size - g * GROUP);
     }
 
-    const int64_t num_groups;
-
   private:
-    static constexpr float USUAL = 5.0f;
+    static constexpr float USUAL = 6.0f;
 
     template <class T>
-    static void take_group(Group& group, int64_t c, const T* from, int64_t size) {
+    void take_group(int64_t row, int64_t g, const T* from, int64_t size) {
+        Group& to = groups[row / COLUMNS * num_groups + g];
+        int64_t c = row % COLUMNS;
         f32x16 v[4], most{}, sizes{}, spoilt{};
         for (int i = 0; i < 4; ++i) {
             v[i] = load_up_to_16(from + 16 * i, size - 16 * i);
@@ -67,113 +79,133 @@ class Rounded {
             spoilt += v[i] - v[i];  // 0, or NaN where one is not finite
         }
         float reach = largest(most), usual = sum(sizes) * (USUAL / GROUP);
-        bool any_large = reach > usual;
-        float scale = (any_large ? usual : reach) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-        Facts& facts = group.facts[c];
-        facts = {scale + sum(spoilt), 0, {}, 0};
+        float scale = (reach > usual ? usual : reach) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        to.scales[c] = scale + sum(spoilt);
         for (int half = 0; half < 2; ++half) {
             i32x16 total{};
             for (int i = 2 * half; i < 2 * half + 2; ++i) {
                 i32x16 whole = nearest(v[i] * inverse);
                 total += whole;
-                if (any_large) {
-                    i32x16 low = (whole << 24) >> 24, high = (whole - low) >> 8;
-                    save(group.high[c] + 16 * i, __builtin_convertvector(high, i8x16));
-                    for (int j = 0; j < 16; ++j) facts.large |= uint32_t(high[j] != 0) << (4 * i + j / 4);
-                }
-                save(group.low[c] + 16 * i, __builtin_convertvector(whole, i8x16));
+                save(to.values[c] + 16 * i, __builtin_convertvector(whole, i8x16));
+                if (reach > usual) take_spikes(row, g, i, (whole - ((whole << 24) >> 24)) >> 8);
             }
-            facts.totals[half] = sum(__builtin_convertvector(total, f32x16));
+            to.totals[c][half] = sum(__builtin_convertvector(total, f32x16));
         }
-        facts.total = int32_t(facts.totals[0] + facts.totals[1]);
     }
 
+    void take_spikes(int64_t row, int64_t g, int i, i32x16 high) {
+        i8x16 bytes = __builtin_convertvector(high, i8x16);
+        for (int q = 0; q < 4; ++q) {
+            int32_t four = load<int32_t>((const int8_t*)&bytes + 4 * q);
+            float scale = groups[row / COLUMNS * num_groups + g].scales[row % COLUMNS];
+            if (four)
+                spikes[row * num_groups * QUADS + num_spikes[row]++] = {int32_t(g * QUADS + 4 * i + q), four, scale * 256.0f};
+        }
+    }
+
+    int64_t num_groups;
     std::unique_ptr<Group[]> groups;  // [rows / COLUMNS, num_groups]
+    std::unique_ptr<Spike[]> spikes;  // [rows, num_groups * QUADS]
+    std::unique_ptr<int64_t[]> num_spikes;
 };
 
-// C rows of x times a block of weights: sums[c], a lane to each row of weights. W is such a block:
-//   PARTS                            of a group, whose products are integers until they meet the scales
-//   fours<C>(g, q, u32x16 (&two)[2]) columns 4 q to 4 q + 7 of group g, without a sign
-//   four(g, q)                       columns 4 q to 4 q + 3
-//   add(sums, whole, g, part, facts) `whole`: the sums over a part's columns
-//   finish(sums)
-template <class W, int C>
-[[gnu::noinline]] void tile(const W& w, const Rounded::Group* x, int64_t num_groups, f32x16* to) {
-    constexpr int PART = QUADS / W::PARTS;
-    f32x16 sums[C] = {};
-    for (int64_t g = 0; g < num_groups; ++g) {
+// C rows of x times B blocks of weights: sums[b * C + c] has those over what is before group `first`, and gets those
+// up to `end`, a lane to each row of weights. W is some blocks that follow each other:
+//   PARTS                               of a group, whose products are integers until they meet the scales
+//   fours<C>(b, g, q, u32x16 (&two)[2]) of block b, columns 4 q to 4 q + 7 of group g, without a sign
+//   add<C>(sums, whole, b, g, part, x)  `whole`: the sums over a part's columns
+//   spike(b, spike)                     its part of a sum
+//   finish(b, sums)
+template <class W, int C, int B>
+[[gnu::noinline]] void tile(const W& w, const Rounded::Group* x, int64_t first, int64_t end, f32x16* kept) {
+    constexpr int OF_PART = QUADS / W::PARTS;
+    f32x16 sums[B][C];
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) sums[b][c] = kept[b * C + c];
+    for (int64_t g = first; g < end; ++g) {
         const Rounded::Group& group = x[g];
-        f32x16 of_group[C] = {};
 #pragma GCC unroll 2
         for (int part = 0; part < W::PARTS; ++part) {
-            i32x16 whole[C] = {};
-            uint32_t large = 0;
+            i32x16 whole[B][C] = {};
 #pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) large |= group.facts[c].large;
+            for (int q = part * OF_PART; q < (part + 1) * OF_PART; q += 2) {
+                u32x16 two[B][2];
+#pragma GCC unroll 2
+                for (int b = 0; b < B; ++b) w.template fours<C>(b, g, q, two[b]);
 #pragma GCC unroll 8
-            for (int q = part * PART; q < (part + 1) * PART; q += 2) {
-                u32x16 two[2];
-                w.template fours<C>(g, q, two);
-#pragma GCC unroll 8
-                for (int c = 0; c < C; ++c) {
-                    whole[c] = multiply_add(whole[c], two[0], i32x16{} + load<int32_t>(group.low[c] + 4 * q));
-                    whole[c] = multiply_add(whole[c], two[1], i32x16{} + load<int32_t>(group.low[c] + 4 * q + 4));
-                }
-            }
-            if (__builtin_expect(large, 0)) {
-                constexpr uint32_t OWN = (uint64_t(1) << PART) - 1;
-#pragma GCC unroll 8
-                for (int c = 0; c < C; ++c) {
-                    i32x16 more{};
-                    for (uint32_t left = group.facts[c].large & OWN << part * PART; left; left &= left - 1) {
-                        int q = __builtin_ctz(left);
-                        more = multiply_add(more, w.four(g, q), i32x16{} + load<int32_t>(group.high[c] + 4 * q));
+                for (int c = 0; c < C; ++c)
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        i32x16 four = i32x16{} + load<int32_t>(group.values[c] + 4 * (q + i));
+#pragma GCC unroll 2
+                        for (int b = 0; b < B; ++b) whole[b][c] = multiply_add(whole[b][c], two[b][i], four);
                     }
-                    whole[c] += more << 8;
-                }
             }
-            w.template add<C>(of_group, whole, g, part, group.facts);
+#pragma GCC unroll 2
+            for (int b = 0; b < B; ++b) w.template add<C>(sums[b], whole[b], b, g, part, group);
         }
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sums[c] += of_group[c] * group.facts[c].scale;
     }
-    for (int c = 0; c < C; ++c) to[c] = w.finish(sums[c]);
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) kept[b * C + c] = sums[b][c];
 }
 
-template <class W, int C = COLUMNS>
-inline void tile_of(int count, const W& w, const Rounded::Group* x, int64_t num_groups, f32x16* to) {
+template <class W, int B, int C = COLUMNS, class... Arguments>
+inline void tile_of(int count, Arguments... arguments) {
     if constexpr (C > 1)
-        if (count < C) return tile_of<W, C - 1>(count, w, x, num_groups, to);
-    tile<W, C>(w, x, num_groups, to);
+        if (count < C) return tile_of<W, B, C - 1>(count, arguments...);
+    tile<W, C, B>(arguments...);
 }
 
 template <class W, class T>
 void multiply_lanes(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
     int64_t size = w.size, out_size = w.out_size, block_bytes = w.row_bytes * LANES;
     int64_t num_groups = (size + GROUP - 1) / GROUP, num_blocks = (out_size + LANES - 1) / LANES;
-    int64_t piece = PIECE_BYTES / (block_bytes + 1);  // no bytes: more ranks than columns to cut
-    piece = piece < 1 ? 1 : piece;
+    int64_t piece = PIECE_BYTES / (block_bytes + 1) / BLOCKS * BLOCKS;  // no bytes: more ranks than columns to cut
+    piece = piece < BLOCKS ? BLOCKS : piece;
     int64_t num_pieces = (num_blocks + piece - 1) / piece;
     const T* bias = (const T*)w.bias;
-    for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
-        int64_t count = num_rows - begin < MOST_ROWS ? num_rows - begin : MOST_ROWS;
+    int64_t at_once = CACHE_BYTES / (num_groups * int64_t(sizeof(Rounded::Group)) + 1) * COLUMNS;
+    at_once = at_once < COLUMNS ? COLUMNS : at_once > MOST_ROWS ? MOST_ROWS : at_once;
+    for (int64_t begin = 0; begin < num_rows; begin += at_once) {
+        int64_t count = num_rows - begin < at_once ? num_rows - begin : at_once;
         auto take = [&](Rounded& to, int64_t c) { to.take(c, x + (begin + c) * x_stride, size); };
         auto own = made_ready<Rounded>(team, count, take, num_groups);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t p = 0; p < num_pieces; ++p) {
-            int64_t end = (p + 1) * piece < num_blocks ? (p + 1) * piece : num_blocks;
-            for (int64_t b = p * piece; b < end; ++b) {
-                W block(w, b);
-                int64_t row = b * LANES, rows = out_size - row;
-                f32x16 add = bias ? load_up_to_16(bias + row, rows) : f32x16{};
-                for (int64_t c = 0; c < count; c += COLUMNS) {
-                    f32x16 v[COLUMNS];
-                    int width = count - c < COLUMNS ? count - c : COLUMNS;
-                    tile_of(width, block, own->of(c), num_groups, v);
-                    for (int j = 0; j < width; ++j)
-                        save_up_to_16(out + (begin + c + j) * out_size + row, bias ? v[j] + add : v[j], rows);
+        int64_t part = count > COLUMNS ? PART : num_groups;  // few rows: no weight is read twice
+        auto run = [&](auto blocks, const W& w, int64_t row) __attribute__((always_inline)) {
+            constexpr int B = decltype(blocks)::value;
+            f32x16 sums[(MOST_ROWS + COLUMNS) * BLOCKS];
+            std::memset(sums, 0, count * B * sizeof(f32x16));
+            for (int64_t g = 0; g < num_groups; g += part) {
+                int64_t end = num_groups - g < part ? num_groups : g + part;
+                for (int64_t c = 0; c < count; c += COLUMNS)
+                    tile_of<W, B>(count - c, w, own->of(c), g, end, sums + c * B);
+            }
+            for (int64_t c = 0; c < count; ++c) {
+                int64_t first = c / COLUMNS * COLUMNS, width = count - first < COLUMNS ? count - first : COLUMNS;
+                f32x16 v[B];
+                for (int b = 0; b < B; ++b) v[b] = sums[first * B + b * width + c - first];
+                own->each_spike(c, [&](const Rounded::Spike& spike) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+                    for (int b = 0; b < B; ++b) v[b] += w.spike(b, spike);
+                });
+                for (int b = 0; b < B; ++b) {
+                    int64_t at = row + b * LANES, rows = out_size - at;
+                    f32x16 all = w.finish(b, v[b]);
+                    if (bias) all += load_up_to_16(bias + at, rows);
+                    save_up_to_16(out + (begin + c) * out_size + at, all, rows);
                 }
             }
+        };
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t p = 0; p < num_pieces; ++p) {
+            int64_t end = (p + 1) * piece < num_blocks ? (p + 1) * piece : num_blocks, b = p * piece;
+            if (BLOCKS > 1 && count > 2)
+                for (; b + BLOCKS <= end; b += BLOCKS) run(std::integral_constant<int, BLOCKS>{}, W(w, b), b * LANES);
+            for (; b < end; ++b) run(std::integral_constant<int, 1>{}, W(w, b), b * LANES);
         }
     }
     team.meet();

@@ -53,6 +53,9 @@ inline f32x16 fill(float value) { return f32x16{} + value; }
 inline f32x16 to_float(u16x16 v) { return (f32x16)(__builtin_convertvector(v, u32x16) << 16); }
 
 inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays NaN
+#if defined(__AVX512BF16__)
+    return (u16x16)_mm512_cvtneps_pbh((__m512)v);
+#endif
     u32x16 bits = (u32x16)v;
     u32x16 even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     u32x16 nan = (bits >> 16) | 0x40;
@@ -211,6 +214,16 @@ inline float largest(f32x16 v) {
 
 // --- functions --------------------------------------------------------------------------------------------------------
 
+inline f32x16 exponential_part(f32x16 r) {  // e to the r, of half of ln 2 at most
+    f32x16 p = fill(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return p * r * r + r + 1.0f;
+}
+
 // e to the x, within 2 units of the last place; 0 below -87.3, infinity above 88.7; NaN stays NaN.
 inline f32x16 exponential(f32x16 x) {
     f32x16 inside = (x > -87.3f) ? x : fill(-87.3f);
@@ -221,18 +234,23 @@ inline f32x16 exponential(f32x16 x) {
     n -= magic;
     f32x16 r = inside - n * 0.693359375f;
     r -= n * -2.12194440e-4f;
-    f32x16 p = fill(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
     i32x16 half = power >> 1;  // 2^128 is no float32: in two steps
-    f32x16 y = p * (f32x16)((half + 127) << 23) * (f32x16)((power - half + 127) << 23);
+    f32x16 y = exponential_part(r) * (f32x16)((half + 127) << 23) * (f32x16)((power - half + 127) << 23);
     y = (x < -87.3f) ? fill(0.0f) : y;
     y = (x > 88.7f) ? fill(__builtin_inff()) : y;
     return (x == x) ? y : x;
+}
+
+// The same for x up to 0.
+inline f32x16 exponential_of_negative(f32x16 x) {
+    f32x16 magic = fill(12582912.0f);
+    f32x16 n = x * 1.44269504088896341f + magic;
+    i32x16 power = (i32x16)n - 0x4b400000;
+    n -= magic;
+    f32x16 r = x - n * 0.693359375f;
+    r -= n * -2.12194440e-4f;
+    f32x16 y = exponential_part(r) * (f32x16)((power + 127) << 23);
+    return (x < -87.3f) ? fill(0.0f) : y;
 }
 
 inline f32x16 silu(f32x16 x) { return x / (1.0f + exponential(-x)); }
