@@ -17,8 +17,8 @@ constexpr int ROWS = 4, COLUMNS = 4;  // of 32 registers 16 hold sums
 #else
 constexpr int ROWS = 2, COLUMNS = 2;
 #endif
-constexpr int64_t ROW_PART = 2048;               // of a row, that is multiplied before its next part
-constexpr int64_t CACHE_BYTES = 512 << 10;   // of activations that stay in a core's own cache while weights pass by
+constexpr int64_t ROW_PART = 2048;          // of a row, that is multiplied before its next part
+constexpr int64_t CACHE_BYTES = 512 << 10;  // of activations that stay in a core's own cache while weights pass by
 
 // STEP elements of a row, or `count` and zeros, as factors.
 template <class T>
