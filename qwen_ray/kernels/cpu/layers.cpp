@@ -1,5 +1,7 @@
 // Layers at once, or a half of one: few rows are computed faster than Python goes from kernel to kernel, and than threads
 // are put to sleep and woken in between. To the last bit what the kernels give one after the other.
+#include <sys/mman.h>
+
 #include <algorithm>
 
 #include "attention.h"
@@ -9,6 +11,23 @@
 namespace {
 
 constexpr int64_t PART_OF_ROW = 1024;  // of a row's gates, that a thread takes at a time
+
+// Memory for T that begins on a line of a cache: rows are read by whole vectors. Much of it is asked for in large
+// pages, since all of them are new each time.
+template <class T>
+class Space {
+  public:
+    explicit Space(int64_t size) : lines(new Line[(size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)]) {
+        constexpr uintptr_t PAGE = 4096, MUCH = 4 << 20;
+        uintptr_t begin = ((uintptr_t)lines.get() + PAGE - 1) / PAGE * PAGE;
+        uintptr_t end = ((uintptr_t)lines.get() + size * sizeof(T)) / PAGE * PAGE;
+        if (end > begin + MUCH) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+    }
+    T* get() const { return (T*)lines.get(); }
+
+  private:
+    std::unique_ptr<Line[]> lines;
+};
 
 // What follows is as `native.py` lays it out.
 struct Step {
@@ -125,8 +144,7 @@ template <class T>
 void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x, int64_t num_rows, int64_t hidden,
                 int num_threads) {
     int64_t size = layers->mlp.down.size;
-    std::unique_ptr<T[]> room(new T[std::max(Attends<T>::room(step, num_rows), Gates<T>::room(size, num_rows))]);
-    std::unique_ptr<T[]> copy(new T[num_rows * hidden]);
+    Space<T> room(std::max(Attends<T>::room(step, num_rows), Gates<T>::room(size, num_rows))), copy(num_rows * hidden);
     Attends<T> attention(step, num_rows, room.get());
     Gates<T> mlp(size, num_rows, room.get());
     Team team;
@@ -158,7 +176,7 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x,
 #define EXPORT(T, SUFFIX)                                                                                              \
     extern "C" void attend_whole_##SUFFIX(const T* x, int64_t x_stride, const AttentionPart* part, const Step* step,   \
                                           T* out, int64_t num_rows, int num_threads) {                                 \
-        std::unique_ptr<T[]> room(new T[Attends<T>::room(*step, num_rows)]);                                           \
+        Space<T> room(Attends<T>::room(*step, num_rows));                                                              \
         Attends<T> attention(*step, num_rows, room.get());                                                             \
         Team team;                                                                                                     \
         _Pragma("omp parallel num_threads(num_threads) if (part->qkv.num_bytes() > WORTH_A_TEAM)")                     \
@@ -166,7 +184,7 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x,
     }                                                                                                                  \
     extern "C" void mlp_##SUFFIX(const T* x, int64_t x_stride, const MlpPart* part, T* out, int64_t num_rows,          \
                                  int num_threads) {                                                                    \
-        std::unique_ptr<T[]> room(new T[Gates<T>::room(part->down.size, num_rows)]);                                   \
+        Space<T> room(Gates<T>::room(part->down.size, num_rows));                                                      \
         Gates<T> mlp(part->down.size, num_rows, room.get());                                                           \
         Team team;                                                                                                     \
         _Pragma("omp parallel num_threads(num_threads) if (part->gate_up.num_bytes() > WORTH_A_TEAM)")                 \
