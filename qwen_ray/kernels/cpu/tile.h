@@ -18,6 +18,7 @@ constexpr int ROWS = 4, COLUMNS = 4;  // of 32 registers 16 hold sums
 constexpr int ROWS = 2, COLUMNS = 2;
 #endif
 constexpr int64_t ROW_PART = 2048;          // of a row, that is multiplied before its next part
+constexpr int64_t LINE = 64;                // bytes, of a cache: a step's
 constexpr int64_t CACHE_BYTES = 512 << 10;  // of activations that stay in a core's own cache while weights pass by
 
 // STEP elements of a row, or `count` and zeros, as factors.
@@ -28,12 +29,16 @@ inline void some_factors(const T* from, int64_t count, f32x16* to) {
     Row<T>::factors(room, to);
 }
 
+// What a tile asks for while it multiplies: `first` bytes behind its rows, and `apart` more at each step.
+struct Next {
+    int64_t first, apart;
+};
+
 // Elements `from` to `size` of the rows. Lane c * R + r of the result: row w[r] times row x[c]. `kept` [R * C] has the
-// sums over what is before, and gets those that `is_last` does not add up yet. `ahead` bytes on lies what will be asked
-// for next.
+// sums over what is before, and gets those that `is_last` does not add up yet.
 template <class T, int R, int C>
 [[gnu::noinline]] f32x16 tile(const T* const* w, const float* const* x, int64_t from, int64_t size, bool is_last,
-                              f32x16* kept, int64_t ahead) {
+                              f32x16* kept, Next next) {
     constexpr int STEP = Row<T>::STEP, PARTS = Row<T>::PARTS;
     f32x16 sums[R * C] = {};
     if (from) {
@@ -84,8 +89,9 @@ template <class T, int R, int C>
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 Row<T>::factors(wr[r] + k, a[r]);
-                __builtin_prefetch((const char*)(wr[0] + k * R) + ahead + r * 64);  // line after line: R rows together
+                __builtin_prefetch((const char*)(wr[r] + from) + next.first);
             }
+            next.first += next.apart;
             step();
         }
         if (k < size) {
@@ -129,13 +135,13 @@ inline void scatter(f32x16 v, int width, At at) {
 template <class T, class Store>
 inline void products(const T* w, int64_t stride, int64_t num_rows, const float* const* x, int64_t num_columns,
                      int64_t size, Store store) {
-    int64_t part = num_columns > COLUMNS && size > ROW_PART ? ROW_PART : size;  // few columns: no row is read twice
-    int64_t at_once = CACHE_BYTES / (factors_size<T>(part) * int64_t(sizeof(float)) + 1);
+    int64_t part = num_columns > COLUMNS ? ROW_PART : size + 1;  // few columns: no row is read twice; size may be 0
+    int64_t at_once = CACHE_BYTES / (factors_size<T>(std::min(part, size)) * int64_t(sizeof(float)) + 1);
     at_once = at_once < COLUMNS ? COLUMNS : at_once / COLUMNS * COLUMNS;
     std::unique_ptr<f32x16[]> kept(part < size ? new f32x16[(num_rows + ROWS) * at_once] : nullptr);
     for (int64_t from = 0; from < num_columns; from += at_once) {
         int64_t to = from + at_once < num_columns ? from + at_once : num_columns;
-        int64_t ahead = from == 0 ? ROWS * stride * int64_t(sizeof(T)) : 0;
+        int64_t num_tiles = (to - from + COLUMNS - 1) / COLUMNS;
         for (int64_t k = 0; k == 0 || k < size; k += part) {
             bool is_last = k + part >= size;
             int64_t end = is_last ? size : k + part;
@@ -143,11 +149,15 @@ inline void products(const T* w, int64_t stride, int64_t num_rows, const float* 
                 constexpr int N = decltype(n)::value;
                 const T* own[N];
                 for (int i = 0; i < N; ++i) own[i] = w + (r + i) * stride;
+                // Each tile asks for its share of the next rows: all at once are more than a core can wait for.
+                int64_t apart = from == 0 ? LINE / num_tiles : 0, share = (end - k) * int64_t(sizeof(T)) / num_tiles;
+                Next next{from == 0 ? ROWS * stride * int64_t(sizeof(T)) : 0, apart};
                 for (int64_t c = from; c < to; c += COLUMNS) {
                     int width = to - c < COLUMNS ? to - c : COLUMNS;
                     f32x16* sums = kept.get() + r * at_once + (c - from) * N;
-                    f32x16 v = tile_of<T, N>(width, own, x + c, k, end, is_last, sums, c == from ? ahead : 0);
+                    f32x16 v = tile_of<T, N>(width, own, x + c, k, end, is_last, sums, next);
                     if (is_last) store(n, r, c, width, v);
+                    if (apart) next.first += share;
                 }
             };
             int64_t r = 0;

@@ -83,8 +83,12 @@ def test_other_groups_are_refused() -> None:
 
 @pytest.mark.parametrize("library", [None, *LIBRARIES], ids=NAMES)
 @pytest.mark.parametrize("kind", KINDS)
-@given(shape=sizes, num_rows=st.integers(0, 21), has_bias=st.booleans())
-@settings(max_examples=6, deadline=None)
+@given(
+    shape=st.one_of(sizes, st.tuples(st.integers(1, 40), st.integers(1000, 2600))),
+    num_rows=st.integers(0, 21),
+    has_bias=st.booleans(),
+)
+@settings(max_examples=8, deadline=None)
 def test_products(library: Library | None, kind: int, shape: tuple[int, int], num_rows: int, has_bias: bool) -> None:
     packed = pack(matrix(*shape), kind)
     x = matrix(num_rows, shape[1])
