@@ -78,7 +78,7 @@ class Rounded {
             sizes += positive;
             spoilt += v[i] - v[i];  // 0, or NaN where one is not finite
         }
-        float reach = largest(most), usual = sum(sizes) * (USUAL / GROUP);
+        float reach = largest(most), usual = sum(sizes) * (USUAL / float(size < GROUP ? size : GROUP));
         float scale = (reach > usual ? usual : reach) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
         to.scales[c] = scale + sum(spoilt);
         for (int half = 0; half < 2; ++half) {
