@@ -147,15 +147,17 @@ def row_size(size: int, dtype: str | None) -> int:
 
 def matrix_size(num_rows: int, size: int, dtype: str | None) -> int:
     """Bytes of a layer's matrix [num_rows, size]; as `row_size`."""
-    is_packed = dtype is not None and dtype.startswith("int")
-    return (num_rows + -num_rows % PACKED_LANES if is_packed else num_rows) * row_size(size, dtype)
+    return _num_held(num_rows, dtype) * row_size(size, dtype)
 
 
 def vocab_matrix_size(num_rows: int, size: int, dtype: str | None) -> int:
     """The same of embedding and head."""
-    if dtype is None or dtype == "fp8":
-        return num_rows * vocab_row_size(size, dtype)
-    return matrix_size(num_rows, size, dtype.replace("int4", "int8"))
+    return _num_held(num_rows, dtype) * vocab_row_size(size, dtype)
+
+
+def _num_held(num_rows: int, dtype: str | None) -> int:
+    is_packed = dtype is not None and dtype.startswith("int")
+    return num_rows + -num_rows % PACKED_LANES if is_packed else num_rows
 
 
 def vocab_row_size(size: int, dtype: str | None) -> int:

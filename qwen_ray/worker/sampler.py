@@ -26,7 +26,7 @@ from qwen_ray.worker.sequences import SequenceState
 PIECE_ROWS = 64  # rows of prompt logits that are described together: bounds the memory
 PIECE_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # noise made at a time: what stays in a cache, or fills a GPU
 NUM_BEST = 512  # of so many tokens top_k and top_p choose before anything is sorted
-BLOCK = 128  # logits that are compared at once, where the greatest is looked for
+PIECE_LOGITS = 128  # that are compared at once, where the greatest is looked for
 MIN_TEMPERATURE = 1e-5  # below it, the same as greedy but for ties
 
 
@@ -64,20 +64,21 @@ def greatest(logits: torch.Tensor) -> torch.Tensor:
     """`logits.argmax(-1)` of [n, vocab], the first of equals; of rows that hold no NaN.
 
     On a CPU torch finds a largest value many at a time, but its place one by one: so the place is looked for in the
-    block of BLOCK that has the value.
+    piece that has the value.
     """
-    num_blocks = logits.shape[1] // BLOCK
-    if logits.device.type != "cpu" or num_blocks < 2:
+    num_pieces = logits.shape[1] // PIECE_LOGITS
+    if logits.device.type != "cpu" or num_pieces < 2:
         return logits.argmax(-1)
-    blocks = logits[:, : num_blocks * BLOCK].unflatten(1, (num_blocks, BLOCK))
-    best = blocks.amax(-1)
-    block = best.argmax(-1)
+    end = num_pieces * PIECE_LOGITS
+    pieces = logits[:, :end].unflatten(1, (num_pieces, PIECE_LOGITS))
+    best = pieces.amax(-1)
+    piece = best.argmax(-1)
     rows = torch.arange(len(logits))
-    places = block * BLOCK + blocks[rows, block].argmax(-1)
-    if num_blocks * BLOCK == logits.shape[1]:
+    places = piece * PIECE_LOGITS + pieces[rows, piece].argmax(-1)
+    if end == logits.shape[1]:
         return places
-    rest, of_rest = logits[:, num_blocks * BLOCK :].max(-1)
-    return torch.where(rest > best[rows, block], num_blocks * BLOCK + of_rest, places)
+    rest, of_rest = logits[:, end:].max(-1)
+    return torch.where(rest > best[rows, piece], end + of_rest, places)
 
 
 def adjust(logits: torch.Tensor, states: Sequence[SequenceState]) -> None:

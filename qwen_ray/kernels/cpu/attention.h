@@ -68,13 +68,16 @@ inline f32x16 of_bits(const float* factor) { return (f32x16)(i32x16{} + load<int
 // 16 factors of elements that follow each other, as they follow; zeros for what is behind `count` elements.
 template <class T>
 inline f32x16 load_factors(const T* from, int64_t count) {
-    if constexpr (Row<T>::EACH == 1) return load_up_to_16(from, count);
-    f32x16 v{};
-    if (count >= Row<T>::STEP)
-        Row<T>::factors(from, &v);
-    else if (count > 0)
-        some_factors(from, count, &v);
-    return v;
+    if constexpr (Row<T>::EACH == 1) {
+        return load_up_to_16(from, count);
+    } else {
+        f32x16 v{};
+        if (count >= Row<T>::STEP)
+            Row<T>::factors(from, &v);
+        else if (count > 0)
+            some_factors(from, count, &v);
+        return v;
+    }
 }
 
 // The same 16 in their places.

@@ -203,7 +203,7 @@ void multiply_lanes(Team& team, const T* x, int64_t x_stride, const Matrix& w, T
 #pragma omp for schedule(dynamic) nowait
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t end = (p + 1) * piece < num_blocks ? (p + 1) * piece : num_blocks, b = p * piece;
-            if (BLOCKS > 1 && count > 2)
+            if (BLOCKS > 1 && count > 2)  // fewer rows wait for weights: better in one stream
                 for (; b + BLOCKS <= end; b += BLOCKS) run(std::integral_constant<int, BLOCKS>{}, W(w, b), b * LANES);
             for (; b < end; ++b) run(std::integral_constant<int, 1>{}, W(w, b), b * LANES);
         }

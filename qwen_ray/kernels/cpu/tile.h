@@ -21,14 +21,6 @@ constexpr int64_t ROW_PART = 2048;          // of a row, that is multiplied befo
 constexpr int64_t LINE = 64;                // bytes, of a cache: a step's
 constexpr int64_t CACHE_BYTES = 512 << 10;  // of activations that stay in a core's own cache while weights pass by
 
-// STEP elements of a row, or `count` and zeros, as factors.
-template <class T>
-inline void some_factors(const T* from, int64_t count, f32x16* to) {
-    T room[Row<T>::STEP] = {};
-    std::memcpy(room, from, count * sizeof(T));
-    Row<T>::factors(room, to);
-}
-
 // What a tile asks for while it multiplies: `first` bytes behind its rows, and `apart` more at each step.
 struct Next {
     int64_t first, apart;
@@ -78,8 +70,9 @@ template <class T, int R, int C>
 #pragma GCC unroll 2
             for (int i = 0; i < PARTS; ++i)
 #pragma GCC unroll 4
-                for (int c = 0; c < C; ++c, xc[c - 1] += 16) {
+                for (int c = 0; c < C; ++c) {
                     f32x16 b = load<f32x16>(xc[c]);
+                    xc[c] += 16;
 #pragma GCC unroll 4
                     for (int r = 0; r < R; ++r) sums[c * R + r] = Row<T>::multiply_add(sums[c * R + r], a[r][i], b);
                 }

@@ -122,19 +122,24 @@ constexpr int64_t factors_size(int64_t size) {
     return (size + Row<T>::STEP - 1) / Row<T>::STEP * Row<T>::PARTS * 16;
 }
 
+// The last `count` elements of a row, fewer than STEP, and zeros, as factors.
+template <class T>
+inline void some_factors(const T* from, int64_t count, f32x16* to) {
+    T room[Row<T>::STEP] = {};
+    std::memcpy(room, from, count * sizeof(T));
+    Row<T>::factors(room, to);
+}
+
 // A row as `factors` has it, step after step, zeros behind it.
 template <class T>
 inline void factor_row(const T* from, int64_t size, float* to) {
     constexpr int STEP = Row<T>::STEP, PARTS = Row<T>::PARTS;
     for (int64_t k = 0; k < size; k += STEP, to += 16 * PARTS) {
         f32x16 v[PARTS];
-        if (k + STEP <= size) {
+        if (k + STEP <= size)
             Row<T>::factors(from + k, v);
-        } else {
-            T room[STEP] = {};
-            std::memcpy(room, from + k, (size - k) * sizeof(T));
-            Row<T>::factors(room, v);
-        }
+        else
+            some_factors(from + k, size - k, v);
         for (int i = 0; i < PARTS; ++i) save(to + 16 * i, v[i]);
     }
 }
