@@ -96,7 +96,11 @@ class Reference:
         tolerance: float = TOLERANCE,
         quantization: Quantization = "none",
     ) -> list[Life]:
-        """Every dp rank's logits are those of transformers in float32, whatever `moves` before which step."""
+        """Every dp rank's logits are those of transformers in float32, whatever `moves` before which step.
+
+        Each logit within `tolerance`; of quantized weights the root of the mean square of each token's, since among
+        thousands of rounding errors some are five times as large as most.
+        """
         arguments = (self.config, plan, free_address(), str(self.path), SEQUENCES, PARTS, moves or {}, dtype)
         arguments = (*arguments, quantization)
         lives: list[Life] = ranks.run(plan.world_size, forward_steps, *arguments)
@@ -109,7 +113,10 @@ class Reference:
                 want = torch.cat(parts)[rows] if parts else torch.empty(0, VOCAB)
                 assert got.shape == want.shape
                 assert got.dtype is torch.float32
-                torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+                if quantization == "none":
+                    torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+                else:
+                    assert (got - want).square().mean(1).sqrt().le(tolerance).all()
         return lives
 
 
@@ -229,7 +236,7 @@ def test_experts_change_places_between_steps(
         moves.setdefault(step, []).append(MoveExperts(layer=layer, slots=slots))
         num_moved += sum(len(set(new) - set(own)) for own, new in zip(now[layer], slots, strict=True))
         now[layer] = slots
-    tolerance = {"none": TOLERANCE, "int8": 0.1, "int4": 1.0}[quantization]
+    tolerance = {"none": TOLERANCE, "int8": 0.06, "int4": 0.4}[quantization]  # the logits' deviation is 0.88
     lives = reference.check(ranks, plan, moves, tolerance=tolerance, quantization=quantization)
     assert num_moved > 0
     assert sum(life.num_moved for life in lives) == num_moved * plan.expert_tp
