@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -69,7 +70,9 @@ class RankGroup:
         self._listener: Listener[RankMessage] | None = None
         self._ranks: dict[int, RankHandle] = {}
         self._repair: Repair | None = None
-        self._standbys = Standbys(spec.plan.pp if spec.standby_ranks else 0, self._new_standby)
+        self._last_step = 0.0  # when the ranks were given one
+        num_stages = spec.plan.pp if spec.standby_ranks else 0
+        self._standbys = Standbys(num_stages, self._new_standby, lambda: time.monotonic() - self._last_step)
         self._watching: asyncio.Task[None] | None = None
         self._on_progress = on_progress
         self._is_serving = False
@@ -102,6 +105,7 @@ class RankGroup:
         """An encoded message for each dp rank, to all of its ranks, without waiting. Raises RankFailed."""
         if self.failure is not None:
             raise self.failure
+        self._last_step = time.monotonic()
         for number, rank in self._ranks.items():
             try:
                 rank.write(frames[rank.dp_rank])
@@ -135,7 +139,7 @@ class RankGroup:
                 continue
             if not any(rank.is_broken for rank in self._ranks.values()):
                 self._repair = self.failure = None
-                self._standbys.prepare()
+                self._standbys.prepare(waits_for_idle=False)  # what failed once may fail again
                 return repair.times()
         raise self.failure
 
@@ -180,7 +184,7 @@ class RankGroup:
         await _all(rank.load(None) for rank in ranks)
         joined = await self._meet(warm_up=True)
         self.warm_up = max(joined, key=lambda answer: answer.seconds)
-        self._standbys.prepare()
+        self._standbys.prepare(waits_for_idle=True)
 
     async def _create(self, number: int) -> RankHandle:
         """An actor in the place of that rank: the one that stands by, or a new one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,22 +19,31 @@ from ray.exceptions import RayError
 logger = logging.getLogger(__name__)
 
 CALM_SECONDS = 10.0  # after a start or a repair: importing torch would slow down who has waited for it
+IDLE_SECONDS = 2.0  # without a step: as long as that import takes
+PATIENCE_SECONDS = 60.0  # after a start: then it is made under load, which loses a core for that time
+CHECK_SECONDS = 0.5
 ANSWER_SECONDS = 5.0
 
 
 class Standbys:
-    """`prepare` after each start and repair, `stop` at the end. `create(stage)` starts an actor with `free_address`."""
+    """`prepare` after each start and repair, `stop` at the end.
 
-    def __init__(self, num_stages: int, create: Callable[[int], Awaitable[Any]]) -> None:
+    `create(stage)` starts an actor with `free_address`; `idle_seconds()` says how long ago the ranks had a step.
+    """
+
+    def __init__(
+        self, num_stages: int, create: Callable[[int], Awaitable[Any]], idle_seconds: Callable[[], float]
+    ) -> None:
         self._num_stages = num_stages
         self._create = create
+        self._idle_seconds = idle_seconds
         self._actors: dict[int, Any] = {}
         self._preparing: asyncio.Task[None] | None = None
 
-    def prepare(self) -> None:
-        """Have one wait for each stage, in a while; returns at once."""
+    def prepare(self, *, waits_for_idle: bool) -> None:
+        """Have one wait for each stage, in a while; returns at once. Not in use at first, if it `waits_for_idle`."""
         self._end_preparing()
-        self._preparing = asyncio.create_task(self._prepare())
+        self._preparing = asyncio.create_task(self._prepare(PATIENCE_SECONDS if waits_for_idle else 0.0))
 
     async def take(self, stage: int) -> Any | None:
         """The stage's actor, which from now on is the caller's. None if there is none, or if it does not answer."""
@@ -61,8 +71,11 @@ class Standbys:
             self._preparing.cancel()
             self._preparing = None
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, patience: float) -> None:
+        patient_until = time.monotonic() + patience
         await asyncio.sleep(CALM_SECONDS)
+        while self._idle_seconds() < IDLE_SECONDS and time.monotonic() < patient_until:
+            await asyncio.sleep(CHECK_SECONDS)
         for stage in range(self._num_stages):
             if stage not in self._actors:
                 try:

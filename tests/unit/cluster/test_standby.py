@@ -46,7 +46,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
     return actors
 
 
-def standbys(state: str = "well") -> tuple[Standbys, list[Actor]]:
+def standbys(state: str = "well", idle_seconds: Callable[[], float] = lambda: 0.0) -> tuple[Standbys, list[Actor]]:
     """Of two stages, and the actors they have made."""
     made: list[Actor] = []
 
@@ -54,7 +54,7 @@ def standbys(state: str = "well") -> tuple[Standbys, list[Actor]]:
         made.append(Actor(stage, state))
         return made[-1]
 
-    return Standbys(2, create), made
+    return Standbys(2, create, idle_seconds), made
 
 
 async def settled() -> None:
@@ -65,12 +65,12 @@ async def settled() -> None:
 async def test_each_is_taken_once_and_replaced_after_the_repair(killed: list[Actor]) -> None:
     waiting, made = standbys()
     assert await waiting.take(1) is None  # before there is one
-    waiting.prepare()
+    waiting.prepare(waits_for_idle=False)
     await settled()
     assert [actor.stage for actor in made] == [0, 1]
     assert await waiting.take(1) is made[1]
     assert await waiting.take(1) is None
-    waiting.prepare()
+    waiting.prepare(waits_for_idle=False)
     await settled()
     assert [actor.stage for actor in made] == [0, 1, 1]
     await waiting.stop()
@@ -80,7 +80,7 @@ async def test_each_is_taken_once_and_replaced_after_the_repair(killed: list[Act
 @pytest.mark.parametrize("state", ["dead", "stopped"])
 async def test_one_that_does_not_answer_is_ended_and_not_given_out(killed: list[Actor], state: str) -> None:
     waiting, made = standbys(state)
-    waiting.prepare()
+    waiting.prepare(waits_for_idle=False)
     await settled()
     assert await waiting.take(0) is None
     assert killed == [made[0]]
@@ -90,10 +90,35 @@ async def test_one_that_does_not_answer_is_ended_and_not_given_out(killed: list[
 async def test_a_repair_is_not_disturbed_by_one_that_is_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standby, "CALM_SECONDS", 0.01)
     waiting, made = standbys()
-    waiting.prepare()
+    waiting.prepare(waits_for_idle=False)
     assert await waiting.take(0) is None
     await asyncio.sleep(0.03)
     assert made == []
+    await waiting.stop()
+
+
+async def test_after_a_start_who_computes_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby, "CHECK_SECONDS", 0.001)
+    idle = 0.0
+    waiting, made = standbys(idle_seconds=lambda: idle)
+    waiting.prepare(waits_for_idle=True)
+    await asyncio.sleep(0.03)
+    assert made == []
+    idle = standby.IDLE_SECONDS
+    await asyncio.sleep(0.03)
+    assert [actor.stage for actor in made] == [0, 1]
+    await waiting.stop()
+
+
+async def test_who_never_rests_gets_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby, "CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(standby, "PATIENCE_SECONDS", 0.03)
+    waiting, made = standbys()
+    waiting.prepare(waits_for_idle=True)
+    await asyncio.sleep(0.01)
+    assert made == []
+    await asyncio.sleep(0.1)
+    assert [actor.stage for actor in made] == [0, 1]
     await waiting.stop()
 
 
@@ -101,8 +126,8 @@ async def test_a_node_without_room_is_told_and_nothing_else(caplog: pytest.LogCa
     async def create(stage: int) -> Actor:
         raise RayActorError
 
-    waiting = Standbys(1, create)
-    waiting.prepare()
+    waiting = Standbys(1, create, lambda: 0.0)
+    waiting.prepare(waits_for_idle=False)
     await settled()
     assert "no process waits" in caplog.text
     assert await waiting.take(0) is None
