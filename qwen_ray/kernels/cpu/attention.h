@@ -21,7 +21,7 @@ struct Sequences {
 namespace {
 
 constexpr int64_t PART = 512;           // tokens
-constexpr int64_t QUERIES = 64;         // rows of q, of one token one for each head of the group, that a piece has
+constexpr int64_t QUERIES = 128;        // rows of q, of one token one for each head of the group, that a piece has
 constexpr int64_t MANY = 1 << 18;       // elements of scored keys, over all heads, that are worth several threads
 constexpr int64_t BLOCK = 64;           // tokens that are multiplied while their keys are in the nearest cache
 constexpr int64_t EXTRA = 16;           // floats beside the weighted values of a query: largest score, sum of weights
@@ -62,8 +62,6 @@ inline float exponential_of(float x) { return exponential(fill(x))[0]; }
     sum[1] = sum[1] * before + part[1] * now;
     for (int64_t d = 0; d < size; ++d) sum[EXTRA + d] = sum[EXTRA + d] * before + part[EXTRA + d] * now;
 }
-
-inline f32x16 of_bits(const float* factor) { return (f32x16)(i32x16{} + load<int32_t>(factor)); }
 
 // 16 factors of elements that follow each other, as they follow; zeros for what is behind `count` elements.
 template <class T>
@@ -113,21 +111,6 @@ template <class T, int H>
         for (int i = 0; i < VECTORS; ++i) save(sums + h * sums_stride + 16 * i, s[h][i]);
 }
 
-inline void transpose(f32x16* rows) {  // 16 of them
-    f32x16 other[16];
-    auto zip = [](const f32x16* from, f32x16* to) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            to[2 * i] = SHUFFLE(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            to[2 * i + 1] = SHUFFLE(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        }
-    };
-    zip(rows, other);
-    zip(other, rows);
-    zip(rows, other);
-    zip(other, rows);
-}
-
 // turned[p * BLOCK + t]: factor p of keys[t]; behind the last of `count` keys 0.
 template <class T>
 void turn(const T* const* keys, int64_t count, int64_t dim, float* turned) {
@@ -135,8 +118,16 @@ void turn(const T* const* keys, int64_t count, int64_t dim, float* turned) {
     for (int64_t t = 0; t < BLOCK; t += 16)
         for (int64_t d = 0; d < dim; d += 16 * EACH) {
             f32x16 rows[16];
-            for (int i = 0; i < 16; ++i) rows[i] = t + i < count ? load_factors(keys[t + i] + d, dim - d) : f32x16{};
+            bool is_whole = t + 16 <= count && d + Row<T>::STEP <= dim;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+                if (is_whole)
+                    rows[i] = load_factors(keys[t + i] + d, Row<T>::STEP);
+                else
+                    rows[i] = t + i < count ? load_factors(keys[t + i] + d, dim - d) : f32x16{};
+            }
             transpose(rows);
+#pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) save(turned + Row<T>::place(d + i * EACH) * BLOCK + t, rows[i]);
         }
 }
@@ -236,12 +227,16 @@ struct Attention : Sequences {
         for (int64_t t = 16; t < count; t += 16) best = larger(best, load<f32x16>(scores + t));
         float most = largest(best);
         for (int64_t t = 0; t < end; t += 16) {
-            f32x16 w = t < count ? rounded<T>(exponential_of_negative(load<f32x16>(scores + t) - most)) : f32x16{};
-            added += w;
-            if constexpr (EACH == 2)
-                Row<T>::save16((T*)scores + t, w);
-            else
+            f32x16 w = t < count ? exponential_of_negative(load<f32x16>(scores + t) - most) : f32x16{};
+            if constexpr (EACH == 2) {
+                u16x16 pairs = to_bf16(w);
+                w = to_float(pairs);
+                save((T*)scores + t, pairs);
+            } else {
+                w = rounded<T>(w);
                 save(scores + t, in_place<T>(w));
+            }
+            added += w;
         }
         result[0] = most;
         result[1] = sum(added);

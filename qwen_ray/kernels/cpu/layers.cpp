@@ -109,17 +109,26 @@ class Attends {
     Work work;
 };
 
-// A gated MLP, in room that is given.
+// A gated MLP, in room that is given. Some rows at a time: what lies between two products stays in caches.
 template <class T>
 class Gates {
   public:
     Gates(int64_t size, int64_t num_rows, T* room)
-        : size(size), num_rows(num_rows), both(room), inner(room + num_rows * 2 * size) {}
+        : size(size), num_rows(num_rows), both(room), inner(room + std::min(num_rows, AT_ONCE) * 2 * size) {}
 
-    static int64_t room(int64_t size, int64_t num_rows) { return num_rows * 3 * size; }
+    static int64_t room(int64_t size, int64_t num_rows) { return std::min(num_rows, AT_ONCE) * 3 * size; }
 
     // Of a team. `out` may be x.
     void run(Team& team, const T* x, int64_t x_stride, const MlpPart& part, T* out) {
+        for (int64_t begin = 0; begin < num_rows; begin += AT_ONCE)
+            run_some(team, x + begin * x_stride, x_stride, part, out + begin * part.down.out_size,
+                     std::min(num_rows - begin, AT_ONCE));
+    }
+
+  private:
+    static constexpr int64_t AT_ONCE = 512;
+
+    void run_some(Team& team, const T* x, int64_t x_stride, const MlpPart& part, T* out, int64_t num_rows) const {
         int64_t num_parts = (size + PART_OF_ROW - 1) / PART_OF_ROW;
         multiply(team, x, x_stride, part.gate_up, both, num_rows);
 #pragma omp for schedule(static) nowait
@@ -133,7 +142,6 @@ class Gates {
         multiply(team, inner, size, part.down, out, num_rows);
     }
 
-  private:
     int64_t size, num_rows;
     T *both, *inner;
 };

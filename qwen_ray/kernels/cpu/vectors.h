@@ -46,11 +46,20 @@ inline void save(void* to, V v) {
 // Of memory that is read from one end to the other: what lies 4 KiB behind `from`.
 inline void ask_ahead(const void* from) { __builtin_prefetch((const char*)from + 4096); }
 
+inline f32x16 of_bits(const float* factor) {  // a float, or a pair, in all lanes
+    return (f32x16)(i32x16{} + load<int32_t>(factor));
+}
+
 inline f32x16 fill(float value) { return f32x16{} + value; }
 
 // --- float32 and bfloat16 ---------------------------------------------------------------------------------------------
 
-inline f32x16 to_float(u16x16 v) { return (f32x16)(__builtin_convertvector(v, u32x16) << 16); }
+inline f32x16 to_float(u16x16 v) {
+#if defined(__AVX512F__)
+    return (f32x16)((u32x16)_mm512_cvtepu16_epi32((__m256i)v) << 16);  // compilers widen one half after the other
+#endif
+    return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+}
 
 inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays NaN
 #if defined(__AVX512BF16__)
@@ -59,7 +68,11 @@ inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays Na
     u32x16 bits = (u32x16)v;
     u32x16 even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     u32x16 nan = (bits >> 16) | 0x40;
-    return __builtin_convertvector((v == v) ? even : nan, u16x16);
+    u32x16 wide = (v == v) ? even : nan;
+#if defined(__AVX512F__)
+    return (u16x16)_mm512_cvtepi32_epi16((__m512i)wide);
+#endif
+    return __builtin_convertvector(wide, u16x16);
 }
 
 // How elements of type T are loaded and stored, and what is multiplied of them: STEP at once, as PARTS vectors of factors.
@@ -205,6 +218,21 @@ inline f32x16 add_lanes(const f32x16* v) {
 #pragma GCC unroll 2
     for (int i = 0; i < E; ++i) e[i] = eighths(q[2 * i], 2 * i + 1 < Q ? q[2 * i + 1] : q[2 * i]);
     return pairs(e[0], E > 1 ? e[1] : e[0]);
+}
+
+[[gnu::always_inline]] inline void transpose(f32x16 (&rows)[16]) {  // 16 of them: lane j of row i to lane i of row j
+    f32x16 other[16];
+    auto zip = [](const f32x16* from, f32x16* to) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            to[2 * i] = SHUFFLE(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            to[2 * i + 1] = SHUFFLE(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+    };
+    zip(rows, other);
+    zip(other, rows);
+    zip(rows, other);
+    zip(other, rows);
 }
 
 inline float sum(f32x16 v) { return add_lanes<1>(&v)[0]; }
