@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 CALM_SECONDS = 10.0  # after a start or a repair: importing torch would slow down who has waited for it
 IDLE_SECONDS = 2.0  # without a step: as long as that import takes
 PATIENCE_SECONDS = 60.0  # after a start: then it is made under load, which loses a core for that time
-CHECK_SECONDS = 0.5
 ANSWER_SECONDS = 5.0
 
 
@@ -73,9 +72,12 @@ class Standbys:
 
     async def _prepare(self, patience: float) -> None:
         patient_until = time.monotonic() + patience
-        await asyncio.sleep(CALM_SECONDS)
-        while self._idle_seconds() < IDLE_SECONDS and time.monotonic() < patient_until:
-            await asyncio.sleep(CHECK_SECONDS)
+        wait = CALM_SECONDS
+        while True:
+            await asyncio.sleep(wait)
+            wait = min(IDLE_SECONDS - self._idle_seconds(), patient_until - time.monotonic())
+            if wait <= 0:
+                break
         for stage in range(self._num_stages):
             if stage not in self._actors:
                 try:

@@ -98,7 +98,7 @@ async def test_a_repair_is_not_disturbed_by_one_that_is_to_come(monkeypatch: pyt
 
 
 async def test_after_a_start_who_computes_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standby, "CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(standby, "IDLE_SECONDS", 0.01)
     idle = 0.0
     waiting, made = standbys(idle_seconds=lambda: idle)
     waiting.prepare(waits_for_idle=True)
@@ -111,7 +111,7 @@ async def test_after_a_start_who_computes_is_not_disturbed(monkeypatch: pytest.M
 
 
 async def test_who_never_rests_gets_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standby, "CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(standby, "IDLE_SECONDS", 0.01)
     monkeypatch.setattr(standby, "PATIENCE_SECONDS", 0.03)
     waiting, made = standbys()
     waiting.prepare(waits_for_idle=True)
