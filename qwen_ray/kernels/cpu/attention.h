@@ -59,8 +59,8 @@ inline float exponential_of(float x) { return exponential(fill(x))[0]; }
     float most = sum[0] > part[0] ? sum[0] : part[0];
     float before = exponential_of(sum[0] - most), now = exponential_of(part[0] - most);
     sum[0] = most;
-    sum[1] = sum[1] * before + part[1] * now;
-    for (int64_t d = 0; d < size; ++d) sum[EXTRA + d] = sum[EXTRA + d] * before + part[EXTRA + d] * now;
+    sum[1] = __builtin_fmaf(sum[1], before, part[1] * now);
+    for (int64_t d = EXTRA; d < EXTRA + size; ++d) sum[d] = __builtin_fmaf(sum[d], before, part[d] * now);
 }
 
 // 16 factors of elements that follow each other, as they follow; zeros for what is behind `count` elements.
@@ -81,7 +81,7 @@ inline f32x16 load_factors(const T* from, int64_t count) {
 // The same 16 in their places.
 template <class T>
 inline f32x16 in_place(f32x16 v) {
-    if constexpr (Row<T>::place(0)) return SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    if constexpr (Row<T>::place(0)) return swap_neighbours(v);
     return v;
 }
 

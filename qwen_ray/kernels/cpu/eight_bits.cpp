@@ -32,13 +32,13 @@ struct EightBits {
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             float total = x.totals[c][0] + x.totals[c][1];
-            sums[c] += (__builtin_convertvector(whole[c], f32x16) - OFFSET * total) * x.scales[c];
+            sums[c] += (to_float(whole[c]) - OFFSET * total) * x.scales[c];
         }
     }
 
     f32x16 spike(int b, const Rounded::Spike& spike) const {
         i32x16 whole = multiply_add(i32x16{}, load<u32x16>(at(b, 0, spike.four)), i32x16{} + spike.bytes);
-        return __builtin_convertvector(whole, f32x16) * spike.scale;
+        return to_float(whole) * spike.scale;
     }
 
     f32x16 finish(int b, f32x16 sums) const { return sums * load<f32x16>(scales + b * LANES); }

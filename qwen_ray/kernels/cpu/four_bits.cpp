@@ -35,7 +35,7 @@ struct FourBits {
         f32x16 scale = Row<fp16>::load16(scales + own), start = Row<fp16>::load16(least + own);
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
-            f32x16 v = __builtin_convertvector(whole[c], f32x16) * scale + start * x.totals[c][part];
+            f32x16 v = fused(to_float(whole[c]), scale, start * x.totals[c][part]);
             sums[c] += v * x.scales[c];
         }
     }
@@ -45,7 +45,7 @@ struct FourBits {
         u32x16 four = (packed >> (spike.four & 1) * 4) & 0x0f0f0f0fu;
         i32x16 whole = multiply_add(i32x16{}, four, i32x16{} + spike.bytes);
         f32x16 scale = Row<fp16>::load16(scales + b * block_scales + spike.four * 4 / group * LANES);
-        return __builtin_convertvector(whole, f32x16) * scale * spike.scale;
+        return to_float(whole) * scale * spike.scale;
     }
 
     f32x16 finish(int, f32x16 sums) const { return sums; }

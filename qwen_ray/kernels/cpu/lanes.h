@@ -16,7 +16,7 @@ namespace {
 
 constexpr int LANES = 16, GROUP = 64;       // rows of a block; columns that share an activation's scale
 constexpr int QUADS = GROUP / 4;            // four columns each
-constexpr int64_t PIECE_BYTES = 64 << 10;   // of weights that a thread takes at a time
+constexpr int64_t PIECE_BYTES = 16 << 10;   // of weights that a thread takes at a time
 constexpr int64_t MOST_ROWS = 256;          // of x that are rounded at once, if all of them stay in a core's own cache
 constexpr int64_t CACHE_BYTES = 768 << 10;
 constexpr int64_t PART = 16;                // groups of a row, that are multiplied before its next part
@@ -86,15 +86,15 @@ class Rounded {
             for (int i = 2 * half; i < 2 * half + 2; ++i) {
                 i32x16 whole = nearest(v[i] * inverse);
                 total += whole;
-                save(to.values[c] + 16 * i, __builtin_convertvector(whole, i8x16));
+                save(to.values[c] + 16 * i, low_byte(whole));
                 if (reach > usual) take_spikes(row, g, i, (whole - ((whole << 24) >> 24)) >> 8);
             }
-            to.totals[c][half] = sum(__builtin_convertvector(total, f32x16));
+            to.totals[c][half] = sum(to_float(total));
         }
     }
 
     void take_spikes(int64_t row, int64_t g, int i, i32x16 high) {
-        i8x16 bytes = __builtin_convertvector(high, i8x16);
+        i8x16 bytes = low_byte(high);
         for (int q = 0; q < 4; ++q) {
             int32_t four = load<int32_t>((const int8_t*)&bytes + 4 * q);
             float scale = groups[row / COLUMNS * num_groups + g].scales[row % COLUMNS];
@@ -200,7 +200,7 @@ void multiply_lanes(Team& team, const T* x, int64_t x_stride, const Matrix& w, T
                 }
             }
         };
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(guided) nowait
         for (int64_t p = 0; p < num_pieces; ++p) {
             int64_t end = (p + 1) * piece < num_blocks ? (p + 1) * piece : num_blocks, b = p * piece;
             if (BLOCKS > 1 && count > 2)  // fewer rows wait for weights: better in one stream

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int64_t PIECE_BYTES = 128 << 10;  // of weights that a thread takes at a time
+constexpr int64_t PIECE_BYTES = 32 << 10;  // of weights that a thread takes at a time
 constexpr int64_t MOST_ROWS = 512;          // of x that are made ready at once
 constexpr int64_t MANY = 128;               // rows of x for whom weights are worth turning
 
@@ -27,7 +27,7 @@ void multiply_few(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* 
         auto take = [&](Factors<T>& to, int64_t c) { to.take(c, x + (begin + c) * x_stride); };
         auto ready = made_ready<Factors<T>>(team, count, take, w.size);
         T* to = out + begin * out_size;
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(guided) nowait
         for (int64_t p = 0; p < pieces.count; ++p) {
             int64_t first = p * pieces.each, rows = std::min(out_size - first, pieces.each);
             products<T>(values + first * w_stride, w_stride, rows, ready->rows.data(), count, w.size,
@@ -69,7 +69,7 @@ void multiply_many(Team& team, const T* x, int64_t x_stride, const Matrix& w, T*
             };
             turned.template multiply<B>(values + row * w_stride, w_stride, out_size - row, *ready, count / PANEL, store);
         };
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(guided) nowait
         for (int64_t p = 0; p < pieces.count; ++p) {
             int64_t row = p * pieces.each, end = std::min(row + pieces.each, out_size);
             for (; BLOCKS > 1 && end - row > (BLOCKS - 1) * TURNED; row += BLOCKS * TURNED)

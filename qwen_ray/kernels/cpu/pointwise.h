@@ -32,8 +32,8 @@ inline void rotate_row(const T* from, const T* cos, const T* sin, T* to, int64_t
         int64_t rest = half - i;
         f32x16 a = load_up_to_16(from + i, rest), b = load_up_to_16(from + half + i, rest);
         f32x16 c = load_up_to_16(cos + i, rest), s = load_up_to_16(sin + i, rest);
-        save_up_to_16(to + i, a * c - b * s, rest);
-        save_up_to_16(to + half + i, b * c + a * s, rest);
+        save_up_to_16(to + i, fused(a, c, -(b * s)), rest);
+        save_up_to_16(to + half + i, fused(b, c, a * s), rest);
     }
 }
 

@@ -3,8 +3,6 @@
 
 #include "vectors.h"
 
-using i8x16 = int8_t __attribute__((vector_size(16)));
-
 // Lane i: sum[i] and the products of its four bytes of w, without a sign, with those of x, which have one.
 inline i32x16 multiply_add(i32x16 sum, u32x16 w, i32x16 x) {
 #if defined(__AVX512VNNI__)
@@ -15,8 +13,14 @@ inline i32x16 multiply_add(i32x16 sum, u32x16 w, i32x16 x) {
                                      _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
     return sum + (i32x16)even + (i32x16)_mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
 #else
-    for (int j = 0; j < 4; ++j) sum += (i32x16)((w >> (8 * j)) & 255) * ((x << (24 - 8 * j)) >> 24);
-    return sum;
+    auto half = [](i32x16::Half sum, u32x16::Half w, i32x16::Half x) __attribute__((always_inline)) {
+        __m256i a = (__m256i)w, b = (__m256i)x;
+        __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+        return sum + (i32x16::Half)even + (i32x16::Half)odd;
+    };
+    return {half(sum.low, w.low, x.low), half(sum.high, w.high, x.high)};
 #endif
 }
 

@@ -1,22 +1,13 @@
-// Sixteen float32 lanes, whatever the machine: what all kernels here are written in.
+// Arithmetic with sixteen float32 lanes, whatever the machine: what all kernels here are written in.
 //
-// GCC's and Clang's vector extensions: the compiler makes one AVX-512 register of a vector, or two of AVX2. Products are
-// fused multiply-adds of float32, also of bfloat16, which is exact. A sum over a row always runs in the same order: element
-// i of a step goes to lane i (bfloat16: elements 2i + 1, then 2i), steps follow each other, lanes are added as in
-// `add_lanes`. So a result depends on its own row and column alone, never on how many others are computed with it, nor on
-// the machine: the processors' own products of pairs of bfloat16 add in that order, too. (They take what is below 1e-38
-// for 0.)
+// Products are fused multiply-adds of float32, also of bfloat16, which is exact. A sum over a row always runs in the same
+// order: element i of a step goes to lane i (bfloat16: elements 2i + 1, then 2i), steps follow each other, lanes are added
+// as in `add_lanes`. So a result depends on its own row and column alone, never on how many others are computed with it,
+// nor on the machine: the processors' own products of pairs of bfloat16 add in that order, too. (They take what is below
+// 1e-38 for 0.)
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
-
-using f32x16 = float __attribute__((vector_size(64)));
-using i32x16 = int32_t __attribute__((vector_size(64)));
-using u32x16 = uint32_t __attribute__((vector_size(64)));
-using u16x16 = uint16_t __attribute__((vector_size(32)));
+#include "wide.h"
 
 struct bf16 {
     uint16_t bits;
@@ -31,18 +22,6 @@ struct alignas(64) Line {  // of a cache: memory that is made of lines is read b
     float floats[16];
 };
 
-template <class V>
-inline V load(const void* from) {
-    V v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-template <class V>
-inline void save(void* to, V v) {
-    std::memcpy(to, &v, sizeof v);
-}
-
 // Of memory that is read from one end to the other: what lies 4 KiB behind `from`.
 inline void ask_ahead(const void* from) { __builtin_prefetch((const char*)from + 4096); }
 
@@ -54,12 +33,7 @@ inline f32x16 fill(float value) { return f32x16{} + value; }
 
 // --- float32 and bfloat16 ---------------------------------------------------------------------------------------------
 
-inline f32x16 to_float(u16x16 v) {
-#if defined(__AVX512F__)
-    return (f32x16)((u32x16)_mm512_cvtepu16_epi32((__m256i)v) << 16);  // compilers widen one half after the other
-#endif
-    return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
-}
+inline f32x16 to_float(u16x16 v) { return (f32x16)(widen(v) << 16); }
 
 inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays NaN
 #if defined(__AVX512BF16__)
@@ -68,11 +42,7 @@ inline u16x16 to_bf16(f32x16 v) {  // to the nearest, ties to even; NaN stays Na
     u32x16 bits = (u32x16)v;
     u32x16 even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     u32x16 nan = (bits >> 16) | 0x40;
-    u32x16 wide = (v == v) ? even : nan;
-#if defined(__AVX512F__)
-    return (u16x16)_mm512_cvtepi32_epi16((__m512i)wide);
-#endif
-    return __builtin_convertvector(wide, u16x16);
+    return low_half(choose(v == v, even, nan));
 }
 
 // How elements of type T are loaded and stored, and what is multiplied of them: STEP at once, as PARTS vectors of factors.
@@ -116,17 +86,7 @@ struct Row<bf16> {
 
 template <>
 struct Row<fp16> {
-    static f32x16 load16(const fp16* from) {
-#if defined(__AVX512F__)
-        return (f32x16)_mm512_cvtph_ps(load<__m256i>(from));
-#else
-        union {
-            __m256 halves[2];
-            f32x16 v;
-        } wide = {{_mm256_cvtph_ps(load<__m128i>(from)), _mm256_cvtph_ps(load<__m128i>(from + 8))}};
-        return wide.v;
-#endif
-    }
+    static f32x16 load16(const fp16* from) { return from_half(from); }
 };
 
 // Of a row, in floats.
@@ -183,29 +143,6 @@ inline f32x16 rounded(f32x16 v) {  // as if it had been stored as T
 
 // --- sums over lanes --------------------------------------------------------------------------------------------------
 
-#if defined(__clang__)
-#define SHUFFLE __builtin_shufflevector
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
-#endif
-
-inline f32x16 halves(f32x16 a, f32x16 b) {  // lane i + lane i + 8, of a and of b
-    return SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-inline f32x16 quarters(f32x16 a, f32x16 b) {  // of each 8 lanes: i + (i + 4)
-    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-inline f32x16 eighths(f32x16 a, f32x16 b) {  // of each 4 lanes: i + (i + 2)
-    return SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-           SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-}
-inline f32x16 pairs(f32x16 a, f32x16 b) {  // of each 2 lanes: their sum
-    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
 // Lane i of the result is the sum over the lanes of v[i]; N up to 16, the lanes behind N are 0 or copies.
 template <int N>
 inline f32x16 add_lanes(const f32x16* v) {
@@ -225,8 +162,8 @@ inline f32x16 add_lanes(const f32x16* v) {
     auto zip = [](const f32x16* from, f32x16* to) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            to[2 * i] = SHUFFLE(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            to[2 * i + 1] = SHUFFLE(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            to[2 * i] = zip_first(from[i], from[i + 8]);
+            to[2 * i + 1] = zip_last(from[i], from[i + 8]);
         }
     };
     zip(rows, other);
@@ -237,7 +174,7 @@ inline f32x16 add_lanes(const f32x16* v) {
 
 inline float sum(f32x16 v) { return add_lanes<1>(&v)[0]; }
 
-inline f32x16 larger(f32x16 a, f32x16 b) { return (a > b) ? a : b; }
+inline f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
 
 inline float largest(f32x16 v) {
     float best = v[0];
@@ -259,8 +196,8 @@ inline f32x16 exponential_part(f32x16 r) {  // e to the r, of half of ln 2 at mo
 
 // e to the x, within 2 units of the last place; 0 below -87.3, infinity above 88.7; NaN stays NaN.
 inline f32x16 exponential(f32x16 x) {
-    f32x16 inside = (x > -87.3f) ? x : fill(-87.3f);
-    inside = (inside < 88.7f) ? inside : fill(88.7f);
+    f32x16 inside = choose(x > -87.3f, x, fill(-87.3f));
+    inside = choose(inside < 88.7f, inside, fill(88.7f));
     f32x16 magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     f32x16 n = inside * 1.44269504088896341f + magic;
     i32x16 power = (i32x16)n - 0x4b400000;
@@ -269,9 +206,9 @@ inline f32x16 exponential(f32x16 x) {
     r -= n * -2.12194440e-4f;
     i32x16 half = power >> 1;  // 2^128 is no float32: in two steps
     f32x16 y = exponential_part(r) * (f32x16)((half + 127) << 23) * (f32x16)((power - half + 127) << 23);
-    y = (x < -87.3f) ? fill(0.0f) : y;
-    y = (x > 88.7f) ? fill(__builtin_inff()) : y;
-    return (x == x) ? y : x;
+    y = choose(x < -87.3f, fill(0.0f), y);
+    y = choose(x > 88.7f, fill(__builtin_inff()), y);
+    return choose(x == x, y, x);
 }
 
 // The same for x up to 0.
@@ -283,7 +220,7 @@ inline f32x16 exponential_of_negative(f32x16 x) {
     f32x16 r = x - n * 0.693359375f;
     r -= n * -2.12194440e-4f;
     f32x16 y = exponential_part(r) * (f32x16)((power + 127) << 23);
-    return (x < -87.3f) ? fill(0.0f) : y;
+    return choose(x < -87.3f, fill(0.0f), y);
 }
 
 inline f32x16 silu(f32x16 x) { return x / (1.0f + exponential(-x)); }

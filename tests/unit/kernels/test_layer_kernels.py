@@ -158,6 +158,22 @@ def test_attention(
     assert all(map(torch.equal, weights.kv_cache, other.kv_cache))
 
 
+def some_layers(
+    tokens: Tokens, heads: int, bits: int | None, *, is_normed: bool = False, inner: int = 1100
+) -> list[LayerWeights]:
+    """Three, of 72 wide."""
+    dtype = tokens.dtype
+    return [
+        LayerWeights(
+            attention_norm=random(72, dtype=dtype) + i,
+            attention=attention_weights(tokens.cache(i), heads, 72, bits, is_normed=is_normed),
+            mlp_norm=random(72, dtype=dtype) - i,
+            mlp=MlpWeights(gate_up=matrix(2 * inner, 72, dtype, bits), down=matrix(72, inner, dtype, bits)),
+        )
+        for i in range(3)
+    ]
+
+
 @cases
 @batches
 @settings(max_examples=5, deadline=None)
@@ -172,15 +188,7 @@ def test_layers(
 ) -> None:
     kernels = Kernels.on_cpu(library, dtype)
     tokens = Tokens(counts, context, heads[1], 2 * (8 + heads[0]), dtype)
-    layers = [
-        LayerWeights(
-            attention_norm=random(72, dtype=dtype) + i,
-            attention=attention_weights(tokens.cache(i), heads[0], 72, bits, is_normed=is_normed),
-            mlp_norm=random(72, dtype=dtype) - i,
-            mlp=MlpWeights(gate_up=matrix(2 * 1100, 72, dtype, bits), down=matrix(72, 1100, dtype, bits)),
-        )
-        for i in range(3)
-    ]
+    layers = some_layers(tokens, heads[0], bits, is_normed=is_normed)
     places = tokens.places(kernels)
     x = expected = random(tokens.num_rows, 72, dtype=dtype)
     caches = [(layer.attention.kv_cache[0].clone(), layer.attention.kv_cache[1].clone()) for layer in layers]
@@ -195,6 +203,22 @@ def test_layers(
     assert torch.equal(x, expected)
     for layer, cache in zip(layers, caches, strict=True):
         assert all(map(torch.equal, layer.attention.kv_cache, cache))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype, bits: int | None) -> None:
+    """Of a long prompt and of single tokens: a request may go on on another machine."""
+    found: list[torch.Tensor] = []
+    tokens = Tokens([530, 1, 3], 20, 2, 32, dtype)
+    for library in LIBRARIES:
+        kernels = Kernels.on_cpu(library, dtype)
+        at_once = layer_kernels(kernels)
+        x = random(tokens.num_rows, 72, dtype=dtype)
+        layers = at_once.prepare_layers(some_layers(tokens, 4, bits, inner=150))
+        at_once.layers(x, layers, tokens.places(kernels))
+        found.append(x)
+    assert all(torch.equal(x, found[0]) for x in found)
 
 
 def test_what_torch_does_faster_is_left_to_it() -> None:
