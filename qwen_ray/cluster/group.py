@@ -70,9 +70,9 @@ class RankGroup:
         self._listener: Listener[RankMessage] | None = None
         self._ranks: dict[int, RankHandle] = {}
         self._repair: Repair | None = None
-        self._last_step = 0.0  # when the ranks were given one
+        self._last_step = 0.0  # when the ranks were given one, or had done it
         num_stages = spec.plan.pp if spec.standby_ranks else 0
-        self._standbys = Standbys(num_stages, self._new_standby, lambda: time.monotonic() - self._last_step)
+        self._standbys = Standbys(num_stages, self._new_standby, self._idle_seconds)
         self._watching: asyncio.Task[None] | None = None
         self._on_progress = on_progress
         self._is_serving = False
@@ -197,6 +197,12 @@ class RankGroup:
         self._ranks[number] = RankHandle(number, shard.dp_rank, life, actor, self._broke)
         return self._ranks[number]
 
+    def _idle_seconds(self) -> float:
+        """Since the ranks had a step; 0 while they are in one, however long that takes."""
+        if any(rank.beat is not None and rank.beat.step_seconds for rank in self._ranks.values()):
+            return 0.0
+        return time.monotonic() - self._last_step
+
     async def _new_standby(self, stage: int) -> Any:
         return await self._new_actor(stage, f"standby-{stage}-{secrets.token_hex(3)}", is_standby=True)
 
@@ -240,6 +246,7 @@ class RankGroup:
     def _take(self, rank: RankHandle, message: RankMessage) -> None:
         match message:
             case StepResult():
+                self._last_step = time.monotonic()
                 self.on_result(message)
             case Progress():
                 self._report_progress()
