@@ -22,7 +22,7 @@ from qwen_ray.cluster.actor import WATCH, WORKER, RankActor
 from qwen_ray.cluster.channel import Channel, Listener, listen
 from qwen_ray.cluster.placement import actor_options, place, release
 from qwen_ray.cluster.rank_handle import RankHandle
-from qwen_ray.cluster.rank_messages import RANK_CODEC, Failed, Hello, Join, Joined, Progress, RankMessage, Stop
+from qwen_ray.cluster.rank_messages import RANK_CODEC, Beat, Failed, Hello, Join, Joined, Progress, RankMessage, Stop
 from qwen_ray.cluster.repair import Repair
 from qwen_ray.cluster.standby import Standbys
 from qwen_ray.cluster.wire import ChannelClosed
@@ -41,6 +41,13 @@ STATS_SECONDS = 2.0
 BLAME_SECONDS = 0.1
 WATCH_SECONDS = 0.5  # between two looks at the signs of life
 MAX_MEETINGS = 3  # in one repair
+
+
+def idle_seconds(beats: Sequence[Beat | None], last_step: float) -> float:
+    """Since `last_step`, when ranks began or ended one; 0 while any is in one, however long that takes."""
+    if any(beat is not None and beat.step_seconds for beat in beats):
+        return 0.0
+    return time.monotonic() - last_step
 
 
 class RankGroup:
@@ -72,7 +79,11 @@ class RankGroup:
         self._repair: Repair | None = None
         self._last_step = 0.0  # when the ranks were given one, or had done it
         num_stages = spec.plan.pp if spec.standby_ranks else 0
-        self._standbys = Standbys(num_stages, self._new_standby, self._idle_seconds)
+        self._standbys = Standbys(
+            num_stages,
+            self._new_standby,
+            lambda: idle_seconds([rank.beat for rank in self._ranks.values()], self._last_step),
+        )
         self._watching: asyncio.Task[None] | None = None
         self._on_progress = on_progress
         self._is_serving = False
@@ -196,12 +207,6 @@ class RankGroup:
             actor = await self._new_actor(shard.stage, f"rank-{number}-{life}")
         self._ranks[number] = RankHandle(number, shard.dp_rank, life, actor, self._broke)
         return self._ranks[number]
-
-    def _idle_seconds(self) -> float:
-        """Since the ranks had a step; 0 while they are in one, however long that takes."""
-        if any(rank.beat is not None and rank.beat.step_seconds for rank in self._ranks.values()):
-            return 0.0
-        return time.monotonic() - self._last_step
 
     async def _new_standby(self, stage: int) -> Any:
         return await self._new_actor(stage, f"standby-{stage}-{secrets.token_hex(3)}", is_standby=True)

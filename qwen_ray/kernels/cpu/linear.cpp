@@ -4,9 +4,9 @@
 
 namespace {
 
-constexpr int64_t PIECE_BYTES = 32 << 10;  // of weights that a thread takes at a time
-constexpr int64_t MOST_ROWS = 512;          // of x that are made ready at once
-constexpr int64_t MANY = 128;               // rows of x for whom weights are worth turning
+constexpr int64_t PIECE_BYTES = 32 << 10;  // of weights: what a thread takes at least, large pieces first
+constexpr int64_t MOST_ROWS = 512;         // of x that are made ready at once
+constexpr int64_t MANY = 128;              // rows of x for whom weights are worth turning
 
 struct Pieces {  // of weights' rows, `each` a multiple of what is multiplied at once
     int64_t each, count;

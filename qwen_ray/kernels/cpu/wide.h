@@ -1,7 +1,7 @@
 // Sixteen lanes of float32 or of 32-bit integers: one AVX-512 register, or two of AVX2.
 //
-// With AVX-512 they are vectors of the compiler's own. Without, those would be kept in memory, 20 times slower, so there
-// they are two vectors of eight with the same operators. What either cannot say in operators is a function here.
+// With AVX-512 they are vectors of the compiler's own. Without, those would be kept in memory, several times slower, so
+// there they are two vectors of eight with the same operators. What either cannot say in operators is a function here.
 #pragma once
 
 #include <immintrin.h>
