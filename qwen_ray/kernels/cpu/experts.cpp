@@ -65,7 +65,7 @@ void run_experts(const T* x, int64_t x_stride, int64_t num_tokens, const int64_t
         for (int64_t t = 0; t < num_tokens; ++t) tokens.take(t, x + t * x_stride);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num_pairs; ++i) rows[i] = tokens.rows[choices.pairs[i] / top_k];
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
         for (int64_t p = 0; p < num_ups; ++p) {
             const T* gate = gate_up + ups[p].slot * 2 * inner * hidden;
             each(gate, ups[p], rows, hidden, middle, inner, false);
@@ -73,7 +73,7 @@ void run_experts(const T* x, int64_t x_stride, int64_t num_tokens, const int64_t
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num_pairs; ++i) middles.take(i, middle + choices.pairs[i] * inner);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
         for (int64_t p = 0; p < num_downs; ++p)
             each(down + downs[p].slot * hidden * inner, downs[p], middles.rows, inner, parts, hidden, false);
 #pragma omp for schedule(static)
