@@ -110,7 +110,7 @@ def is_alive(pid: int) -> bool:
     """Of a process that is there and no zombie waiting to be reaped by its raylet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it was gone before the file was opened, or read
         return False
 
 
