@@ -1,20 +1,13 @@
-"""Experts on CPU: tokens sorted by expert, one matrix product after the other, only experts with tokens read."""
+"""Experts on a CPU without our kernels: tokens sorted by expert, one matrix product after the other, only experts with tokens read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from qwen_ray.kernels import reference
-from qwen_ray.kernels.quantized import Matrices, PackedWeight
-from qwen_ray.kernels.reference import sum_choices
+from qwen_ray.kernels.quantized import Matrices
+from qwen_ray.kernels.reference import expert, sum_choices
 
 PARTS_AT_ONCE = 16384  # rows of hidden states, one per token and choice: larger inputs are computed in pieces
-
-
-# Rows [T, hidden] to [T, hidden], by one expert's gate_up and down.
-Expert = Callable[[torch.Tensor, torch.Tensor | PackedWeight, torch.Tensor | PackedWeight], torch.Tensor]
 
 
 def run_experts(
@@ -23,17 +16,16 @@ def run_experts(
     weights: torch.Tensor,
     gate_up: Matrices,
     down: Matrices,
-    expert: Expert = reference.expert,
 ) -> torch.Tensor:
     """As `reference.run_experts`."""
     size = max(1, PARTS_AT_ONCE // slots.shape[1])
     pieces = zip(x.split(size), slots.split(size), weights.split(size), strict=True)
-    outputs = [_run(*piece, gate_up, down, expert) for piece in pieces]
+    outputs = [_run(*piece, gate_up, down) for piece in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _run(
-    x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, gate_up: Matrices, down: Matrices, expert: Expert
+    x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, gate_up: Matrices, down: Matrices
 ) -> torch.Tensor:
     num_choices = slots.shape[1]
     parts = x.new_zeros(*slots.shape, x.shape[1])

@@ -54,8 +54,8 @@ struct FourBits {
 }  // namespace
 
 template <class T>
-void multiply_four_bits(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    multiply_lanes<FourBits>(team, x, x_stride, w, out, num_rows);
+void multiply_four_bits(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out) {
+    multiply_lanes<FourBits>(team, x, x_stride, shares, num_shares, out);
 }
-template void multiply_four_bits<float>(Team&, const float*, int64_t, const Matrix&, float*, int64_t);
-template void multiply_four_bits<bf16>(Team&, const bf16*, int64_t, const Matrix&, bf16*, int64_t);
+template void multiply_four_bits<float>(Team&, const float*, int64_t, const Share*, int64_t, float*);
+template void multiply_four_bits<bf16>(Team&, const bf16*, int64_t, const Share*, int64_t, bf16*);

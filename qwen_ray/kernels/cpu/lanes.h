@@ -8,6 +8,7 @@
 
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "rounding.h"
 #include "team.h"
@@ -160,54 +161,75 @@ inline void tile_of(int count, Arguments... arguments) {
     tile<W, C, B>(arguments...);
 }
 
+// Of shares: where the rows of each begin in `Rounded`, a multiple of COLUMNS.
+struct Begins {
+    std::vector<int64_t> of;
+    int64_t end = 0;
+
+    Begins(const Share* shares, int64_t num_shares) : of(num_shares) {
+        for (int64_t s = 0; s < num_shares; ++s) {
+            of[s] = end;
+            end += (shares[s].count + COLUMNS - 1) / COLUMNS * COLUMNS;
+        }
+    }
+};
+
 template <class W, class T>
-void multiply_lanes(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    int64_t size = w.size, out_size = w.out_size, block_bytes = w.row_bytes * LANES;
+void multiply_lanes(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out) {
+    const Matrix& like = shares->w;
+    int64_t size = like.size, out_size = like.out_size, block_bytes = like.row_bytes * LANES;
     int64_t num_groups = (size + GROUP - 1) / GROUP, num_blocks = (out_size + LANES - 1) / LANES;
     int64_t piece = PIECE_BYTES / (block_bytes + 1) / BLOCKS * BLOCKS;  // no bytes: more ranks than columns to cut
     piece = piece < BLOCKS ? BLOCKS : piece;
     int64_t num_pieces = (num_blocks + piece - 1) / piece;
-    const T* bias = (const T*)w.bias;
     int64_t at_once = CACHE_BYTES / (num_groups * int64_t(sizeof(Rounded::Group)) + 1) * COLUMNS;
     at_once = at_once < COLUMNS ? COLUMNS : at_once > MOST_ROWS ? MOST_ROWS : at_once;
-    for (int64_t begin = 0; begin < num_rows; begin += at_once) {
-        int64_t count = num_rows - begin < at_once ? num_rows - begin : at_once;
-        auto take = [&](Rounded& to, int64_t c) { to.take(c, x + (begin + c) * x_stride, size); };
-        auto own = made_ready<Rounded>(team, count, take, num_groups);
+    // A share's rows of x, of which `begin` is the first in `own`, with B blocks of its weights.
+    auto run = [&](auto blocks, const Rounded& own, int64_t begin, const Share& share, int64_t block)
+                   __attribute__((always_inline)) {
+        constexpr int B = decltype(blocks)::value;
+        W w(share.w, block);
+        const T* bias = (const T*)share.w.bias;
+        int64_t count = share.count, row = block * LANES;
         int64_t part = count > COLUMNS ? PART : num_groups;  // few rows: no weight is read twice
-        auto run = [&](auto blocks, const W& w, int64_t row) __attribute__((always_inline)) {
-            constexpr int B = decltype(blocks)::value;
-            f32x16 sums[(MOST_ROWS + COLUMNS) * BLOCKS];
-            std::memset(sums, 0, count * B * sizeof(f32x16));
-            for (int64_t g = 0; g < num_groups; g += part) {
-                int64_t end = num_groups - g < part ? num_groups : g + part;
-                for (int64_t c = 0; c < count; c += COLUMNS)
-                    tile_of<W, B>(count - c, w, own->of(c), g, end, sums + c * B);
-            }
-            for (int64_t c = 0; c < count; ++c) {
-                int64_t first = c / COLUMNS * COLUMNS, width = count - first < COLUMNS ? count - first : COLUMNS;
-                f32x16 v[B];
-                for (int b = 0; b < B; ++b) v[b] = sums[first * B + b * width + c - first];
-                own->each_spike(c, [&](const Rounded::Spike& spike) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-                    for (int b = 0; b < B; ++b) v[b] += w.spike(b, spike);
-                });
-                for (int b = 0; b < B; ++b) {
-                    int64_t at = row + b * LANES, rows = out_size - at;
-                    f32x16 all = w.finish(b, v[b]);
-                    if (bias) all += load_up_to_16(bias + at, rows);
-                    save_up_to_16(out + (begin + c) * out_size + at, all, rows);
-                }
-            }
-        };
-#pragma omp for schedule(guided) nowait
-        for (int64_t p = 0; p < num_pieces; ++p) {
-            int64_t end = (p + 1) * piece < num_blocks ? (p + 1) * piece : num_blocks, b = p * piece;
-            if (BLOCKS > 1 && count > 2)  // fewer rows wait for weights: better in one stream
-                for (; b + BLOCKS <= end; b += BLOCKS) run(std::integral_constant<int, BLOCKS>{}, W(w, b), b * LANES);
-            for (; b < end; ++b) run(std::integral_constant<int, 1>{}, W(w, b), b * LANES);
+        f32x16 sums[(MOST_ROWS + COLUMNS) * BLOCKS];
+        std::memset(sums, 0, count * B * sizeof(f32x16));
+        for (int64_t g = 0; g < num_groups; g += part) {
+            int64_t end = num_groups - g < part ? num_groups : g + part;
+            for (int64_t c = 0; c < count; c += COLUMNS)
+                tile_of<W, B>(count - c, w, own.of(begin + c), g, end, sums + c * B);
         }
-    }
+        for (int64_t c = 0; c < count; ++c) {
+            int64_t first = c / COLUMNS * COLUMNS, width = count - first < COLUMNS ? count - first : COLUMNS;
+            f32x16 v[B];
+            for (int b = 0; b < B; ++b) v[b] = sums[first * B + b * width + c - first];
+            own.each_spike(begin + c, [&](const Rounded::Spike& spike) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+                for (int b = 0; b < B; ++b) v[b] += w.spike(b, spike);
+            });
+            for (int b = 0; b < B; ++b) {
+                int64_t at = row + b * LANES, rows = out_size - at;
+                f32x16 all = w.finish(b, v[b]);
+                if (bias) all += load_up_to_16(bias + at, rows);
+                save_up_to_16(out + (share.first + c) * out_size + at, all, rows);
+            }
+        }
+    };
+    in_parts(shares, num_shares, at_once, [&](const Share* shares, int64_t num_shares) {
+        Begins begins(shares, num_shares);
+        auto take = [&](Rounded& to, int64_t s, int64_t c) {
+            to.take(begins.of[s] + c, x + (shares[s].first + c) * x_stride, size);
+        };
+        auto own = made_ready<Rounded>(team, shares, num_shares, take, begins.end, num_groups);
+#pragma omp for schedule(guided) nowait
+        for (int64_t p = 0; p < num_shares * num_pieces; ++p) {
+            int64_t s = p / num_pieces, b = p % num_pieces * piece, end = std::min(b + piece, num_blocks);
+            if (BLOCKS > 1 && shares[s].count > 2)  // fewer rows wait for weights: better in one stream
+                for (; b + BLOCKS <= end; b += BLOCKS)
+                    run(std::integral_constant<int, BLOCKS>{}, *own, begins.of[s], shares[s], b);
+            for (; b < end; ++b) run(std::integral_constant<int, 1>{}, *own, begins.of[s], shares[s], b);
+        }
+    });
     team.meet();
 }
 

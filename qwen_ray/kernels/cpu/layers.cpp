@@ -1,33 +1,16 @@
 // Layers at once, or a half of one: few rows are computed faster than Python goes from kernel to kernel, and than threads
 // are put to sleep and woken in between. To the last bit what the kernels give one after the other.
-#include <sys/mman.h>
-
 #include <algorithm>
 
 #include "attention.h"
+#include "experts.h"
 #include "pointwise.h"
+#include "space.h"
 #include "team.h"
 
 namespace {
 
 constexpr int64_t PART_OF_ROW = 1024;  // of a row's gates, that a thread takes at a time
-
-// Memory for T that begins on a line of a cache: rows are read by whole vectors. Much of it is asked for in large
-// pages, since all of them are new each time.
-template <class T>
-class Space {
-  public:
-    explicit Space(int64_t size) : lines(new Line[(size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)]) {
-        constexpr uintptr_t PAGE = 4096, MUCH = 4 << 20;
-        uintptr_t begin = ((uintptr_t)lines.get() + PAGE - 1) / PAGE * PAGE;
-        uintptr_t end = ((uintptr_t)lines.get() + size * sizeof(T)) / PAGE * PAGE;
-        if (end > begin + MUCH) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-    }
-    T* get() const { return (T*)lines.get(); }
-
-  private:
-    std::unique_ptr<Line[]> lines;
-};
 
 // What follows is as `native.py` lays it out.
 struct Step {

@@ -18,27 +18,32 @@ struct Pieces {  // of weights' rows, `each` a multiple of what is multiplied at
 };
 
 template <class T>
-void multiply_few(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    const T *values = (const T*)w.values, *bias = (const T*)w.bias;
-    int64_t w_stride = w.row_bytes / int64_t(sizeof(T)), out_size = w.out_size;
-    Pieces pieces(w, ROWS);
-    for (int64_t begin = 0; begin < num_rows; begin += MOST_ROWS) {
-        int64_t count = std::min(num_rows - begin, MOST_ROWS);
-        auto take = [&](Factors<T>& to, int64_t c) { to.take(c, x + (begin + c) * x_stride); };
-        auto ready = made_ready<Factors<T>>(team, count, take, w.size);
-        T* to = out + begin * out_size;
+void multiply_few(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out) {
+    const Matrix& like = shares->w;
+    int64_t w_stride = like.row_bytes / int64_t(sizeof(T)), out_size = like.out_size;
+    Pieces pieces(like, ROWS);
+    in_parts(shares, num_shares, MOST_ROWS, [&](const Share* shares, int64_t num_shares) {
+        int64_t base = shares->first, num_rows = shares[num_shares - 1].first + shares[num_shares - 1].count - base;
+        auto take = [&](Factors<T>& to, int64_t s, int64_t c) {
+            int64_t row = shares[s].first + c;
+            to.take(row - base, x + row * x_stride);
+        };
+        auto ready = made_ready<Factors<T>>(team, shares, num_shares, take, num_rows, like.size);
 #pragma omp for schedule(guided) nowait
-        for (int64_t p = 0; p < pieces.count; ++p) {
-            int64_t first = p * pieces.each, rows = std::min(out_size - first, pieces.each);
-            products<T>(values + first * w_stride, w_stride, rows, ready->rows.data(), count, w.size,
-                        [&](auto n, int64_t r, int64_t c, int width, f32x16 v) __attribute__((always_inline)) {
+        for (int64_t p = 0; p < num_shares * pieces.count; ++p) {
+            const Share& share = shares[p / pieces.count];
+            const T *values = (const T*)share.w.values, *bias = (const T*)share.w.bias;
+            T* to = out + share.first * out_size;
+            int64_t first = p % pieces.count * pieces.each, rows = std::min(out_size - first, pieces.each);
+            products<T>(values + first * w_stride, w_stride, rows, ready->rows.data() + share.first - base, share.count,
+                        like.size, [&](auto n, int64_t r, int64_t c, int width, f32x16 v) __attribute__((always_inline)) {
                             constexpr int N = decltype(n)::value;
                             int64_t row = first + r;
                             if (bias) v += gather<T, N>(width, [&](int) { return bias + row; });
                             scatter<T, N>(v, width, [&](int j) { return to + (c + j) * out_size + row; });
                         });
         }
-    }
+    });
     team.meet();
 }
 
@@ -81,23 +86,28 @@ void multiply_many(Team& team, const T* x, int64_t x_stride, const Matrix& w, T*
 }
 
 template <class T>
-void multiply_plain(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    int64_t many = num_rows < MANY || w.size == 0 ? 0 : num_rows / 16 * 16;
-    if (many) multiply_many(team, x, x_stride, w, out, many);
-    if (many < num_rows) multiply_few(team, x + many * x_stride, x_stride, w, out + many * w.out_size, num_rows - many);
+void multiply_plain(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out) {
+    Share rest = *shares;
+    if (num_shares > 1 || rest.count < MANY || rest.w.size == 0)
+        return multiply_few(team, x, x_stride, shares, num_shares, out);
+    int64_t many = rest.count / 16 * 16;
+    multiply_many(team, x + rest.first * x_stride, x_stride, rest.w, out + rest.first * rest.w.out_size, many);
+    rest.first += many;
+    rest.count -= many;
+    if (rest.count) multiply_few(team, x, x_stride, &rest, 1, out);
 }
 
 }  // namespace
 
 template <class T>
-void multiply(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
-    if (w.bits == 8) return multiply_eight_bits(team, x, x_stride, w, out, num_rows);
-    if (w.bits == 4) return multiply_four_bits(team, x, x_stride, w, out, num_rows);
-    multiply_plain(team, x, x_stride, w, out, num_rows);
+void multiply(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out) {
+    if (shares->w.bits == 8) return multiply_eight_bits(team, x, x_stride, shares, num_shares, out);
+    if (shares->w.bits == 4) return multiply_four_bits(team, x, x_stride, shares, num_shares, out);
+    multiply_plain(team, x, x_stride, shares, num_shares, out);
 }
 
 #define EXPORT(T, SUFFIX)                                                                                              \
-    template void multiply<T>(Team&, const T*, int64_t, const Matrix&, T*, int64_t);                                   \
+    template void multiply<T>(Team&, const T*, int64_t, const Share*, int64_t, T*);                                    \
     extern "C" void linear_##SUFFIX(const T* x, int64_t x_stride, const Matrix* w, T* out, int64_t num_rows,           \
                                     int num_threads) {                                                                 \
         Team team;                                                                                                     \

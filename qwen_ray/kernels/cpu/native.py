@@ -23,7 +23,6 @@ from qwen_ray.kernels.quantized import Matrices, PackedStack, PackedWeight
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 AMX_ROWS = 16  # about so many take torch with AMX as long as the products here (estimated from figures of both)
-PARTS_AT_ONCE = 16384  # rows of hidden states, one per token and choice: larger inputs are computed in pieces
 
 
 class Matrix(ctypes.Structure):
@@ -51,6 +50,33 @@ class Matrix(ctypes.Structure):
         least = None if weight.least is None else weight.least.data_ptr()
         sizes = weight.out_size, weight.size, weight.bits, weight.group
         return cls(weight.values.data_ptr(), weight.row_bytes, weight.scales.data_ptr(), least, add, *sizes)
+
+
+class Stack(ctypes.Structure):
+    """`team.h` has the same."""
+
+    _fields_ = (("first", Matrix), ("count", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, matrices: Matrices) -> Stack:
+        """Valid as long as the tensors live."""
+        assert isinstance(matrices, PackedStack) or matrices.is_contiguous(), "one matrix after the other"
+        return cls(Matrix.of(matrices[0]), len(matrices))
+
+
+class ExpertsPart(ctypes.Structure):
+    """`experts.h` has the same."""
+
+    _fields_ = (("gate_up", Stack), ("down", Stack))
+
+    @classmethod
+    def of(cls, gate_up: Matrices, down: Matrices) -> ExpertsPart:
+        """Valid as long as the tensors live."""
+        part = cls(Stack.of(gate_up), Stack.of(down))
+        gates, rest = part.gate_up.first, part.down.first
+        assert gates.out_size == 2 * rest.size, f"{gates.out_size} gates and others for rows of {rest.size}"
+        assert part.gate_up.count == part.down.count, f"{part.gate_up.count} and {part.down.count} matrices"
+        return part
 
 
 class Sequences(ctypes.Structure):
@@ -172,7 +198,7 @@ class NativeKernels:
         self._rms_norm = library.function(f"rms_norm_{suffix}", "pnpfpnnni", is_short=True)
         self._rotate = library.function(f"rotate_{suffix}", "pnpppnnni", is_short=True)
         self._silu_and_mul = library.function(f"silu_and_mul_{suffix}", "ppnni", is_short=True)
-        self._run_experts = library.function(f"run_experts_{suffix}", "pnnpnpppnnnpppi")
+        self._run_experts = library.function(f"run_experts_{suffix}", "pnnpnpppi")
         self._attend = library.function(f"attend_{suffix}", "pnpppnnnfpi")
         self._attend_whole = library.function(f"attend_whole_{suffix}", "pnpppni")
         self._mlp = library.function(f"mlp_{suffix}", "pnppni")
@@ -219,11 +245,6 @@ class NativeKernels:
         given = x.data_ptr(), x.stride(0), byref(part), byref(step)
         self._attend_whole(*given, out.data_ptr(), x.shape[0], torch.get_num_threads())
         return out
-
-    def _expert(
-        self, x: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight
-    ) -> torch.Tensor:
-        return self.mlp(x, MlpWeights(gate_up=gate_up, down=down))
 
     def prepare_layers(self, layers: Sequence[LayerWeights]) -> Layers:
         """As `LayerKernels.prepare_layers`."""
@@ -298,35 +319,14 @@ class NativeKernels:
         """As `reference.run_experts`."""
         if x.dtype is not self._dtype:
             return experts.run_experts(x, slots, weights, gate_up, down)
-        if isinstance(gate_up, PackedStack) or isinstance(down, PackedStack):
-            return experts.run_experts(x, slots, weights, gate_up, down, self._expert)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        num_tokens, top_k = slots.shape
+        if not len(gate_up):
+            return torch.zeros_like(x)
+        x, part = rows_together(x), ExpertsPart.of(gate_up, down)
         slots, weights = slots.long().contiguous(), weights.float().contiguous()
-        num_slots, hidden, inner = down.shape
-        out = self._room(num_tokens, hidden)
-        step = max(1, PARTS_AT_ONCE // top_k)
-        num_parts = min(step, num_tokens) * top_k
-        middle, parts = self._room(num_parts, inner), self._room(num_parts, hidden)
-        for start in range(0, num_tokens, step):
-            self._run_experts(
-                x[start:].data_ptr(),
-                x.stride(0),
-                min(step, num_tokens - start),
-                slots[start:].data_ptr(),
-                top_k,
-                weights[start:].data_ptr(),
-                gate_up.data_ptr(),
-                down.data_ptr(),
-                num_slots,
-                inner,
-                hidden,
-                middle.data_ptr(),
-                parts.data_ptr(),
-                out[start:].data_ptr(),
-                torch.get_num_threads(),
-            )
+        assert x.shape[1] == part.gate_up.first.size, f"rows of {x.shape[1]} by rows of {part.gate_up.first.size}"
+        out = self._room(x.shape[0], part.down.first.out_size)
+        given = x.data_ptr(), x.stride(0), len(slots), slots.data_ptr(), slots.shape[1], weights.data_ptr()
+        self._run_experts(*given, byref(part), out.data_ptr(), torch.get_num_threads())
         return out
 
     def plan_attention(

@@ -5,6 +5,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -50,13 +51,58 @@ struct Matrix {
     int64_t num_bytes() const { return out_size * row_bytes; }
 };
 
-// out [num_rows, out_size] = x w^T + bias; row r of x begins at r * x_stride.
+// Matrices of one shape, one after the other in memory.
+struct Stack {
+    Matrix first;
+    int64_t count;
+
+    Matrix operator[](int64_t number) const {
+        constexpr int64_t LANES = 16, SCALE = sizeof(float), HALF = 2;
+        int64_t rows = first.bits ? (first.out_size + LANES - 1) / LANES * LANES : first.out_size;
+        Matrix found = first;
+        auto go_on = [&](const void*& tensor, int64_t each) {
+            if (tensor) tensor = (const char*)tensor + number * each;
+        };
+        go_on(found.values, rows * first.row_bytes);
+        int64_t scales = first.bits == 4 ? rows * (first.row_bytes * 2 / first.group) * HALF : rows * SCALE;
+        go_on(found.scales, scales);
+        go_on(found.least, scales);
+        return found;
+    }
+};
+
+// A matrix and the rows of x, one after the other, that it is for.
+struct Share {
+    Matrix w;
+    int64_t first, count;
+};
+
+// Row r of out = row r of x times w^T + bias, for the rows of each share, one share after the other. There is one share,
+// or several of FEW_ROWS each at most, whose matrices have one shape. Rows of x are x_stride apart.
+constexpr int64_t FEW_ROWS = 128;
 template <class T>
-void multiply(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
+void multiply(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out);
 template <class T>
-void multiply_eight_bits(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
+void multiply_eight_bits(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out);
 template <class T>
-void multiply_four_bits(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows);
+void multiply_four_bits(Team& team, const T* x, int64_t x_stride, const Share* shares, int64_t num_shares, T* out);
+
+// The same for all rows of x.
+template <class T>
+void multiply(Team& team, const T* x, int64_t x_stride, const Matrix& w, T* out, int64_t num_rows) {
+    Share all{w, 0, num_rows};
+    multiply(team, x, x_stride, &all, 1, out);
+}
+
+// A single share, if it is one, `at_once` rows after the other: some(shares, number of shares).
+template <class Some>
+void in_parts(const Share* shares, int64_t num_shares, int64_t at_once, Some some) {
+    if (num_shares > 1) return some(shares, num_shares);
+    for (int64_t begin = 0; begin < shares->count; begin += at_once) {
+        Share part{shares->w, shares->first + begin, std::min(shares->count - begin, at_once)};
+        some(&part, 1);
+    }
+}
 
 constexpr int64_t WORTH_A_TEAM = 128 << 10;  // bytes of a matrix
 
@@ -69,20 +115,26 @@ auto made_by_one(Make make) {
     return made;
 }
 
-// Rows of x in the form X that a product wants them in: X(count, ...) and take(row, from). Few are made by each thread
-// for itself, which is faster than waiting for others; many by all together.
+// Rows of x in the form X that a product wants them in: take(made, share, row of it). Few are made by each thread for
+// itself, which is faster than waiting for others; many by all together.
 template <class X, class Take, class... Arguments>
-std::shared_ptr<X> made_ready(Team& team, int64_t count, Take take, Arguments... arguments) {
+std::shared_ptr<X> made_ready(Team& team, const Share* shares, int64_t num_shares, Take take, Arguments... arguments) {
     constexpr int64_t FEW = 16;
-    auto make = [&] { return std::make_shared<X>(count, arguments...); };
-    if (count <= FEW) {
+    auto make = [&] { return std::make_shared<X>(arguments...); };
+    int64_t begin = shares->first, end = shares[num_shares - 1].first + shares[num_shares - 1].count;
+    if (end - begin <= FEW) {
         auto ready = make();
-        for (int64_t c = 0; c < count; ++c) take(*ready, c);
+        for (int64_t s = 0; s < num_shares; ++s)
+            for (int64_t c = 0; c < shares[s].count; ++c) take(*ready, s, c);
         return ready;
     }
     auto ready = made_by_one(make);
 #pragma omp for nowait
-    for (int64_t c = 0; c < count; ++c) take(*ready, c);
+    for (int64_t row = begin; row < end; ++row) {
+        auto behind = [](int64_t row, const Share& share) { return row < share.first; };
+        int64_t s = std::upper_bound(shares, shares + num_shares, row, behind) - shares - 1;
+        take(*ready, s, row - shares[s].first);
+    }
     team.meet();
     return ready;
 }
