@@ -1,4 +1,4 @@
-"""What a dense layer is made of and where a step's tokens are, as kernels are told that compute a layer at once."""
+"""What a layer is made of and where a step's tokens are, as kernels are told that compute a layer at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_ray.kernels.quantized import PackedWeight
+from qwen_ray.kernels.quantized import Matrices, PackedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,20 +32,45 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """A layer's experts on this rank, each in a slot. A place is a slot of any rank; see `layers/expert_map.py`."""
+
+    gate_up: Matrices  # [S, 2 I, hidden]
+    down: Matrices  # [S, hidden, I]
+    places: torch.Tensor  # [E, most copies] int64
+    num_copies: torch.Tensor  # [E] int64: a token takes one by its position
+    first_place: int  # of those that are here
+    ids: torch.Tensor  # [S] int64, or longer
+    tokens: torch.Tensor  # [E] int64, or longer: how many each has computed here, counted on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeWeights:
+    """This rank's part of a sparse MLP."""
+
+    router: torch.Tensor  # [E, hidden]
+    top_k: int
+    renormalize: bool
+    experts: ExpertWeights
+    shared: tuple[MlpWeights, torch.Tensor] | None  # and what gates it, [1, hidden]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """A dense layer, and the norms [hidden] of what its two parts are given; all have the same eps."""
+    """A layer, and the norms [hidden] of what its two parts are given; all have the same eps."""
 
     attention_norm: torch.Tensor
     attention: AttentionWeights
     mlp_norm: torch.Tensor
-    mlp: MlpWeights
+    mlp: MlpWeights | MoeWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where a step's T tokens are: the same for all layers."""
+    """Where a step's T tokens are: the same for all layers. Without a plan where there are no tokens."""
 
     cos: torch.Tensor  # [T, D / 2], of the rotary angles
     sin: torch.Tensor
     slots: torch.Tensor  # [T], of keys and values
+    positions: torch.Tensor  # [T] int64, in their sequences
     plan: Any  # of Kernels.plan_attention

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen_ray.kernels import quantized, reference
-from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, Places
+from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, MoeWeights, Places
 from qwen_ray.kernels.quantized import Matrices, PackedWeight
 
 if TYPE_CHECKING:
@@ -34,12 +34,16 @@ class LayerKernels(Protocol):
         """[T, hidden] to [T, hidden]."""
         ...
 
+    def moe(self, x: torch.Tensor, weights: MoeWeights, positions: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] to [T, hidden], of tokens at `positions` [T] of their sequences. Counts tokens of experts."""
+        ...
+
     def attention(self, x: torch.Tensor, weights: AttentionWeights, places: Places) -> torch.Tensor:
         """[T, hidden] to [T, hidden]. Stores keys and values."""
         ...
 
     def prepare_layers(self, layers: Sequence[LayerWeights]) -> Any:
-        """Layers that follow each other, all of the same sizes, for `layers`. Keeps hold of their tensors."""
+        """Layers that follow each other, for `layers`; all of one kind have the same sizes. Holds their tensors."""
         ...
 
     def layers(self, x: torch.Tensor, prepared: Any, places: Places) -> None:
@@ -99,6 +103,7 @@ class Kernels:
             rms_norm=own.rms_norm,
             rotate=own.rotate,
             silu_and_mul=own.silu_and_mul,
+            route=own.route,
             run_experts=own.run_experts,
             plan_attention=own.plan_attention,
             paged_attention=own.paged_attention,

@@ -11,7 +11,6 @@ from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.kernels.layer import AttentionWeights, Places
-from qwen_ray.layers.batch import LayerStep
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.linear import ColumnParallelLinear, RowParallelLinear
 from qwen_ray.layers.norm import RMSNorm
@@ -42,14 +41,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(site, self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(site, self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, places: Places) -> torch.Tensor:
         """[T, hidden] to [T, hidden]; writes T keys and values into the cache."""
         if x.shape[0] == 0:
             return x
         at_once = self._kernels.of_layers
         if at_once is not None and at_once.takes(x):
-            return self.o_proj.all_reduce(at_once.attention(x, self.weights, step.places))
-        return self.o_proj(self._attend(x, step.places))
+            return self.o_proj.all_reduce(at_once.attention(x, self.weights, places))
+        return self.o_proj(self._attend(x, places))
 
     @property
     def weights(self) -> AttentionWeights:

@@ -1,4 +1,4 @@
-"""The one bundle of tensors that a forward pass is given, and what of it all layers share."""
+"""The one bundle of tensors that a forward pass is given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from qwen_ray.kernels.layer import LayerWeights, Places
 
-__all__ = ["ForwardBatch", "LayerStep", "LayerWeights", "Places"]
+__all__ = ["ForwardBatch", "LayerWeights", "Places"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +36,3 @@ class ForwardBatch:
     @property
     def num_sequences(self) -> int:
         return len(self.query_lens_list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerStep:
-    """What all layers of a rank share in a step."""
-
-    positions: torch.Tensor  # [T]
-    places: Places  # without a plan where there are no tokens

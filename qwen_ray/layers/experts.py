@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.kernels.layer import ExpertWeights
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.expert_map import ExpertMap, Slots, Transfer, in_rounds, settle, transfers
 from qwen_ray.layers.matrix import MatrixStack, layer_bits
@@ -52,6 +53,19 @@ class Experts(nn.Module):
         ids = self._ids[slots].flatten()
         self._tokens.scatter_add_(0, ids, self._one.expand_as(ids))
         return self._run_experts(x, slots, weights, self.gate_up.held, self.down.held)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """As they lie until experts move."""
+        return ExpertWeights(
+            gate_up=self.gate_up.held,
+            down=self.down.held,
+            places=self.map.places,
+            num_copies=self.map.num_copies,
+            first_place=self.ep_rank * self.map.width,
+            ids=self._ids,
+            tokens=self._tokens,
+        )
 
     def tokens(self) -> tuple[int, ...]:
         """By expert id: how many tokens this rank has computed it for. Waits for the device."""

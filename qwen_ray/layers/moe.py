@@ -10,6 +10,7 @@ from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.core.plan import split_evenly
+from qwen_ray.kernels.layer import MoeWeights
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.exchange import dispatch
 from qwen_ray.layers.experts import Experts
@@ -33,6 +34,7 @@ class Moe(nn.Module):
         self._top_k = moe.num_experts_per_tok
         self._renormalize = moe.norm_topk_prob
         self._route = site.kernels.route
+        self._at_once = site.kernels.of_layers if site.shard.dp_size == 1 and site.shard.own_experts(layer) else None
         self._shard = site.shard
         self._groups = site.groups
         self.gate = ReplicatedLinear(site, hidden, moe.num_experts)
@@ -42,12 +44,28 @@ class Moe(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[T, hidden] to [T, hidden]; positions [T] of the tokens in their sequences."""
+        if self._at_once is not None and x.shape[0] and self._at_once.takes(x):
+            return self._groups.tensor.all_reduce(self._at_once.moe(x, self.weights, positions))
         out = self._routed(x, positions)
         if x.shape[0] == 0:
             return out
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             out += self.shared_expert_gate(x).sigmoid() * self.shared_expert.partial(x)
         return self._groups.tensor.all_reduce(out)
+
+    @property
+    def weights(self) -> MoeWeights:
+        """As they lie until experts move."""
+        shared = None
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            shared = self.shared_expert.weights, self.shared_expert_gate.weight
+        return MoeWeights(
+            router=self.gate.weight,
+            top_k=self._top_k,
+            renormalize=self._renormalize,
+            experts=self.experts.weights,
+            shared=shared,
+        )
 
     def _routed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """This rank's part of what the routed experts give."""

@@ -6,7 +6,7 @@ import torch
 
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.layers.attention import Attention
-from qwen_ray.layers.batch import LayerStep
+from qwen_ray.layers.batch import Places
 from qwen_ray.layers.mlp import Mlp
 from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.layers.site import Site
@@ -21,7 +21,7 @@ class Qwen2Layer(DecoderLayer):
         self.post_attention_layernorm = RMSNorm(site, config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(site, config.hidden_size, config.intermediate_size, site.shard.intermediate)
 
-    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, places: Places) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), step)
+        x = x + self.self_attn(self.input_layernorm(x), places)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -9,7 +9,7 @@ import torch
 
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.layers.attention import Attention
-from qwen_ray.layers.batch import LayerStep
+from qwen_ray.layers.batch import Places
 from qwen_ray.layers.mlp import Mlp
 from qwen_ray.layers.moe import Moe
 from qwen_ray.layers.norm import RMSNorm
@@ -28,8 +28,8 @@ class Qwen2MoeLayer(DecoderLayer):
         else:
             self.mlp = Mlp(site, config.hidden_size, config.intermediate_size, site.shard.intermediate)
 
-    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, places: Places) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), step)
+        x = x + self.self_attn(self.input_layernorm(x), places)
         y = self.post_attention_layernorm(x)
-        return x + (self.mlp(y, step.positions) if isinstance(self.mlp, Moe) else self.mlp(y))
+        return x + (self.mlp(y, places.positions) if isinstance(self.mlp, Moe) else self.mlp(y))

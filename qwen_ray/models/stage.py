@@ -15,7 +15,7 @@ from torch import nn
 
 from qwen_ray.core.model_config import ModelConfig
 from qwen_ray.layers.attention import Attention
-from qwen_ray.layers.batch import ForwardBatch, LayerStep, LayerWeights, Places
+from qwen_ray.layers.batch import ForwardBatch, LayerWeights, Places
 from qwen_ray.layers.checkpoint import Checkpoint
 from qwen_ray.layers.embedding import Embedding, Head, VocabMatrix
 from qwen_ray.layers.expert_map import Slots
@@ -37,12 +37,11 @@ class DecoderLayer(nn.Module):
 
     @property
     def weights(self) -> LayerWeights:
-        """Of a dense layer."""
         return LayerWeights(
             attention_norm=self.input_layernorm.weight,
             attention=self.self_attn.weights,
             mlp_norm=self.post_attention_layernorm.weight,
-            mlp=cast(Mlp, self.mlp).weights,
+            mlp=cast(Mlp | Moe, self.mlp).weights,
         )
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
@@ -73,8 +72,7 @@ class Stage(nn.Module):
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(site, vocab, hidden) if shard.is_first else None
         self.layers = nn.ModuleList(make_layer(config, site, i) for i in shard.layers)
-        is_dense = not any(map(config.is_sparse, shard.layers))
-        self._at_once = site.kernels.of_layers if is_dense and shard.tp_size == 1 else None
+        self._at_once = site.kernels.of_layers if shard.tp_size == shard.dp_size == 1 else None
         self.rotary = Rotary(site, config.rope, config.head_dim, max_len)
         self.norm = RMSNorm(site, hidden, config.rms_norm_eps) if shard.is_last else None
         tied = self.embed_tokens if config.tie_word_embeddings else None
@@ -96,7 +94,7 @@ class Stage(nn.Module):
             x = self.embed_tokens(batch.token_ids)
         else:
             x = self._groups.receive((batch.num_tokens, self.config.hidden_size), self._dtype)
-        x = self._through_layers(x, self._layer_step(batch))
+        x = self._through_layers(x, self._places(batch))
         if self.norm is None:
             self._groups.send(x)
             return None
@@ -108,29 +106,28 @@ class Stage(nn.Module):
         assert self.lm_head is not None, "on the last stage"
         return self.lm_head(x)
 
-    def _through_layers(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def _through_layers(self, x: torch.Tensor, places: Places) -> torch.Tensor:
         """x may be changed."""
         if self._at_once is not None and x.shape[0] and self._at_once.takes(x):
-            self._at_once.layers(x, self._prepared_layers, step.places)
+            self._at_once.layers(x, self._prepared_layers, places)
             return x
         for layer in self.layers:
-            x = layer(x, step)
+            x = layer(x, places)
         return x
 
     @cached_property
     def _prepared_layers(self) -> Any:
-        """From the first step on: weights and KV caches stay where they are."""
+        """From the first step on: weights and KV caches stay where they are, unless experts move."""
         assert self._at_once is not None, "asked for by `_through_layers` alone"
         return self._at_once.prepare_layers([cast(DecoderLayer, layer).weights for layer in self.layers])
 
-    def _layer_step(self, batch: ForwardBatch) -> LayerStep:
+    def _places(self, batch: ForwardBatch) -> Places:
         cos, sin = self.rotary(batch.positions)
         plan = None
         if batch.num_tokens:
             block_size = self.attentions[0].kv_cache[0].shape[1]
             plan = self._plan_attention(batch.block_tables, batch.query_lens_list, batch.context_lens_list, block_size)
-        places = Places(cos=cos, sin=sin, slots=batch.slots, plan=plan)
-        return LayerStep(positions=batch.positions, places=places)
+        return Places(cos=cos, sin=sin, slots=batch.slots, positions=batch.positions, plan=plan)
 
     @torch.inference_mode()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -156,6 +153,7 @@ class Stage(nn.Module):
         All ranks of the stage that holds the layer do this between the same two steps; on others nothing happens.
         """
         moe = self._moe(layer) if layer in self.shard.layers else None
+        self.__dict__.pop("_prepared_layers", None)
         return 0 if moe is None else moe.experts.move(slots)
 
     def expert_tokens(self) -> tuple[tuple[int, ...], ...]:

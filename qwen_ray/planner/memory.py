@@ -295,9 +295,9 @@ def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engin
     assert config.moe is not None, "a dense model has no experts"
     width, hidden, inner = DTYPE_BYTES[dtype], config.hidden_size, len(shard.expert_intermediate)
     num_choices, own = config.moe.num_experts_per_tok, engine.max_num_batched_tokens
-    # The router's logits, once more in float32, and their softmax; the shared expert, or what the routed ones add.
+    # The router's logits, once more in float32, and their softmax; the shared expert; what the routed ones add.
     router = own * (config.moe.num_experts * (width + 8) + num_choices * CHOICE_BYTES)
-    beside = router + own * max(3 * len(shard.shared_intermediate), hidden) * width
+    beside = router + own * (3 * len(shard.shared_intermediate) + hidden) * width
     rows, packed = own * shard.dp_size, 0
     if shard.dp_size > 1:
         # Rows as they are sent, one for each expert rank at most, and as they come, with slots and weights.
@@ -306,9 +306,9 @@ def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engin
     answers = 2 * rows * hidden * width  # of the pieces, and put together
     parts = min(PARTS_AT_ONCE, rows * num_choices)
     if kind == "cpu":
-        # What every choice gives, and either the product of gate and up for every choice, or of one expert at a time
-        # its rows, gate and up, their product and its answer.
-        piece = parts * hidden + max(parts * inner, parts // num_choices * (2 * hidden + 3 * inner))
+        # What every choice gives, and either gate and up for every choice, or of one expert at a time its rows, gate
+        # and up, their product and its answer.
+        piece = parts * hidden + max(parts * 2 * inner, parts // num_choices * (2 * hidden + 3 * inner))
     else:  # rows in order of experts, gate and up, their product, what experts give, in their order and the tokens'
         piece = parts * (3 * hidden + 3 * inner)
     return beside + packed + answers + piece * width + parts // num_choices * hidden * 4  # added up in float32

@@ -12,7 +12,7 @@
 #include "team.h"
 #include "tile.h"
 
-// Of a step; as `native.py` lays it out.
+// Of a step; as `parts.py` lays it out.
 struct Sequences {
     const int64_t *starts, *counts, *lengths, *tables;  // of each: first row of q, rows, cached tokens, blocks
     int64_t table_width, num_sequences, block_size;

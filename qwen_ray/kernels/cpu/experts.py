@@ -1,4 +1,4 @@
-"""Experts on a CPU without our kernels: tokens sorted by expert, one matrix product after the other, only experts with tokens read."""
+"""Experts on a CPU without kernels of ours: tokens sorted by expert, only experts with tokens read."""
 
 from __future__ import annotations
 

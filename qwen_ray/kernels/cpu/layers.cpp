@@ -1,6 +1,7 @@
 // Layers at once, or a half of one: few rows are computed faster than Python goes from kernel to kernel, and than threads
 // are put to sleep and woken in between. To the last bit what the kernels give one after the other.
 #include <algorithm>
+#include <optional>
 
 #include "attention.h"
 #include "experts.h"
@@ -12,11 +13,11 @@ namespace {
 
 constexpr int64_t PART_OF_ROW = 1024;  // of a row's gates, that a thread takes at a time
 
-// What follows is as `native.py` lays it out.
+// What follows is as `parts.py` lays it out.
 struct Step {
     Sequences sequences;
     const void *cos, *sin;  // [rows, dim / 2]
-    const int64_t* slots;
+    const int64_t *slots, *positions;
     int64_t heads, kv_heads, dim;
     float scale, eps;
 };
@@ -31,11 +32,24 @@ struct MlpPart {
     Matrix gate_up, down;
 };
 
+struct MoePart {
+    Matrix router;
+    ExpertsPart experts;
+    const int64_t *places, *num_copies;  // by expert: of its copies, of which a token takes one by its position
+    int64_t most_copies, first_place;    // of those that are here
+    const int64_t* ids;                  // by slot
+    int64_t* tokens;                     // by expert: how many were computed here
+    int64_t top_k, renormalizes;
+    const MlpPart* shared;  // null: none
+    Matrix shared_gate;
+};
+
 struct Layer {
     const void* attention_norm;
     AttentionPart attention;
     const void* mlp_norm;
     MlpPart mlp;
+    const MoePart* moe;  // null: an MLP
 };
 
 // A step's attention, projections and all: for one layer after the other, in room that is given.
@@ -129,17 +143,101 @@ class Gates {
     T *both, *inner;
 };
 
+// A sparse MLP, in room that is given: experts, and perhaps one that is shared.
+template <class T>
+class Moe {
+  public:
+    Moe(const MoePart& like, int64_t num_rows, T* room)
+        : num_rows(num_rows),
+          hidden(like.router.size),
+          inside(room),
+          shared(inside + inner_room(like, num_rows)),
+          logits(shared + (like.shared ? num_rows * hidden : 0)),
+          gates(logits + num_rows * like.router.out_size),
+          experts(like.experts, num_rows, like.top_k, inside),
+          slots(num_rows * like.top_k),
+          weights(num_rows * like.top_k) {}
+
+    static int64_t room(const MoePart& like, int64_t num_rows) {
+        return inner_room(like, num_rows) + num_rows * ((like.shared ? like.router.size : 0) + like.router.out_size + 1);
+    }
+
+    // Of a team. `out` may be x.
+    void run(Team& team, const T* x, int64_t x_stride, const MoePart& part, const int64_t* positions, T* out) {
+        multiply(team, x, x_stride, part.router, logits, num_rows);
+        route(part, positions);
+        if (part.shared) {
+            multiply(team, x, x_stride, part.shared_gate, gates, num_rows);
+            Gates<T>(part.shared->down.size, num_rows, inside).run(team, x, x_stride, *part.shared, shared);
+        }
+        team.meet();
+        if (omp_get_thread_num() == 0)
+            for (int64_t i = 0; i < num_rows * part.top_k; ++i)
+                if (slots.get()[i] >= 0) ++part.tokens[part.ids[slots.get()[i]]];
+        experts.run(team, x, x_stride, slots.get(), weights.get(), part.experts, out);
+        if (!part.shared) return;
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < num_rows; ++t) {
+            f32x16 share = rounded<T>(1.0f / (1.0f + exponential(-fill(load_up_to_16(gates + t, 1)[0]))));
+            for (int64_t i = t * hidden; i < (t + 1) * hidden; i += 16) {
+                int64_t rest = (t + 1) * hidden - i;
+                f32x16 v = rounded<T>(share * load_up_to_16(shared + i, rest));
+                save_up_to_16(out + i, load_up_to_16(out + i, rest) + v, rest);
+            }
+        }
+        team.meet();
+    }
+
+  private:
+    // Of one of both parts at a time.
+    static int64_t inner_room(const MoePart& like, int64_t num_rows) {
+        int64_t routed = Experts<T>::room(like.experts, num_rows, like.top_k);
+        return like.shared ? std::max(routed, Gates<T>::room(like.shared->down.size, num_rows)) : routed;
+    }
+
+    void route(const MoePart& part, const int64_t* positions) {
+        int64_t num_experts = part.router.out_size, count = part.experts.down.count;
+        std::vector<float> room(num_experts + 16);
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < num_rows; ++t) {
+            int64_t* own = slots.get() + t * part.top_k;
+            route_row(logits + t * num_experts, num_experts, part.top_k, part.renormalizes, room.data(), own,
+                      weights.get() + t * part.top_k);
+            for (int64_t c = 0; c < part.top_k; ++c) {
+                int64_t copy = positions[t] % part.num_copies[own[c]];
+                int64_t slot = part.places[own[c] * part.most_copies + copy] - part.first_place;
+                own[c] = 0 <= slot && slot < count ? slot : -1;
+            }
+        }
+    }
+
+    int64_t num_rows, hidden;
+    T *inside, *shared, *logits, *gates;
+    Experts<T> experts;
+    Space<int64_t> slots;
+    Space<float> weights;
+};
+
 // x [num_rows, hidden] becomes what it is behind the layers. Beside it there are one more copy, which is what a part is
 // given and then what it adds, and the room of the larger part: what the planner counts.
 template <class T>
 void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x, int64_t num_rows, int64_t hidden,
                 int num_threads) {
-    int64_t size = layers->mlp.down.size;
-    Space<T> room(std::max(Attends<T>::room(step, num_rows), Gates<T>::room(size, num_rows))), copy(num_rows * hidden);
+    int64_t most = Attends<T>::room(step, num_rows), num_bytes = 0;
+    const MoePart* sparse = nullptr;
+    for (int64_t i = 0; i < num_layers; ++i) {
+        const MoePart* moe = layers[i].moe;
+        most = std::max(most, moe ? Moe<T>::room(*moe, num_rows) : Gates<T>::room(layers[i].mlp.down.size, num_rows));
+        const Matrix& large = moe ? moe->experts.gate_up.first : layers[i].mlp.gate_up;
+        num_bytes = std::max(num_bytes, large.num_bytes() * (moe ? moe->top_k : 1));
+        if (moe) sparse = moe;
+    }
+    Space<T> room(most), copy(num_rows * hidden);
     Attends<T> attention(step, num_rows, room.get());
-    Gates<T> mlp(size, num_rows, room.get());
+    std::optional<Moe<T>> moe;
+    if (sparse) moe.emplace(*sparse, num_rows, room.get());
     Team team;
-#pragma omp parallel num_threads(num_threads) if (layers->mlp.gate_up.num_bytes() > WORTH_A_TEAM)
+#pragma omp parallel num_threads(num_threads) if (num_bytes > WORTH_A_TEAM)
     {
         // Takes up what the part before has added, and gives the next one what it wants: `weight` is its norm's.
         auto go_on = [&](bool adds, const void* weight) {
@@ -156,7 +254,10 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x,
             const Layer& layer = layers[i];
             attention.run(team, copy.get(), hidden, layer.attention, copy.get());
             go_on(true, layer.mlp_norm);
-            mlp.run(team, copy.get(), hidden, layer.mlp, copy.get());
+            if (layer.moe)
+                moe->run(team, copy.get(), hidden, *layer.moe, step.positions, copy.get());
+            else
+                Gates<T>(layer.mlp.down.size, num_rows, room.get()).run(team, copy.get(), hidden, layer.mlp, copy.get());
             go_on(true, i + 1 < num_layers ? layers[i + 1].attention_norm : nullptr);
         }
     }
@@ -180,6 +281,15 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x,
         Team team;                                                                                                     \
         _Pragma("omp parallel num_threads(num_threads) if (part->gate_up.num_bytes() > WORTH_A_TEAM)")                 \
         mlp.run(team, x, x_stride, *part, out);                                                                        \
+    }                                                                                                                  \
+    extern "C" void moe_##SUFFIX(const T* x, int64_t x_stride, const MoePart* part, const int64_t* positions, T* out,   \
+                                 int64_t num_rows, int num_threads) {                                                  \
+        Space<T> room(Moe<T>::room(*part, num_rows));                                                                  \
+        Moe<T> moe(*part, num_rows, room.get());                                                                       \
+        Team team;                                                                                                     \
+        int64_t num_bytes = part->experts.gate_up.first.num_bytes() * part->top_k;                                     \
+        _Pragma("omp parallel num_threads(num_threads) if (num_bytes > WORTH_A_TEAM)")                                 \
+        moe.run(team, x, x_stride, *part, positions, out);                                                             \
     }                                                                                                                  \
     extern "C" void run_layers_##SUFFIX(const Layer* layers, int64_t num_layers, const Step* step, T* x,               \
                                         int64_t num_rows, int64_t hidden, int num_threads) {                           \

@@ -18,153 +18,12 @@ import torch
 from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.cpu import experts
 from qwen_ray.kernels.cpu.library import Library
-from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, Places
-from qwen_ray.kernels.quantized import Matrices, PackedStack, PackedWeight
+from qwen_ray.kernels.cpu.parts import AttentionPart, ExpertsPart, Layer, Matrix, MlpPart, MoePart, Sequences, Step
+from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, MoeWeights, Places
+from qwen_ray.kernels.quantized import Matrices, PackedWeight
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 AMX_ROWS = 16  # about so many take torch with AMX as long as the products here (estimated from figures of both)
-
-
-class Matrix(ctypes.Structure):
-    """`team.h` has the same: a matrix as it is or packed, and the bias of its products."""
-
-    _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("row_bytes", ctypes.c_int64),
-        ("scales", ctypes.c_void_p),
-        ("least", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out_size", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-    )
-
-    @classmethod
-    def of(cls, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None) -> Matrix:
-        """Valid as long as both tensors live."""
-        add = None if bias is None else bias.data_ptr()
-        if isinstance(weight, torch.Tensor):
-            row_bytes = weight.stride(0) * weight.element_size()
-            return cls(weight.data_ptr(), row_bytes, None, None, add, *weight.shape, 0, 0)
-        least = None if weight.least is None else weight.least.data_ptr()
-        sizes = weight.out_size, weight.size, weight.bits, weight.group
-        return cls(weight.values.data_ptr(), weight.row_bytes, weight.scales.data_ptr(), least, add, *sizes)
-
-
-class Stack(ctypes.Structure):
-    """`team.h` has the same."""
-
-    _fields_ = (("first", Matrix), ("count", ctypes.c_int64))
-
-    @classmethod
-    def of(cls, matrices: Matrices) -> Stack:
-        """Valid as long as the tensors live."""
-        assert isinstance(matrices, PackedStack) or matrices.is_contiguous(), "one matrix after the other"
-        return cls(Matrix.of(matrices[0]), len(matrices))
-
-
-class ExpertsPart(ctypes.Structure):
-    """`experts.h` has the same."""
-
-    _fields_ = (("gate_up", Stack), ("down", Stack))
-
-    @classmethod
-    def of(cls, gate_up: Matrices, down: Matrices) -> ExpertsPart:
-        """Valid as long as the tensors live."""
-        part = cls(Stack.of(gate_up), Stack.of(down))
-        gates, rest = part.gate_up.first, part.down.first
-        assert gates.out_size == 2 * rest.size, f"{gates.out_size} gates and others for rows of {rest.size}"
-        assert part.gate_up.count == part.down.count, f"{part.gate_up.count} and {part.down.count} matrices"
-        return part
-
-
-class Sequences(ctypes.Structure):
-    """`attention.h` has the same; see AttentionPlan."""
-
-    _fields_ = (
-        ("starts", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
-        ("table_width", ctypes.c_int64),
-        ("num_sequences", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-    )
-
-
-class Step(ctypes.Structure):
-    """`layers.cpp` has the same, as it has those that follow."""
-
-    _fields_ = (
-        ("sequences", Sequences),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    )
-
-    @classmethod
-    def of(cls, weights: AttentionWeights, places: Places) -> Step:
-        """Valid as long as the tensors of `places` live."""
-        kv_heads, dim = weights.kv_cache[0].shape[2:]
-        tables = places.cos, places.sin, places.slots
-        assert all(table.is_contiguous() for table in tables), "their rows follow each other"
-        pointers = (table.data_ptr() for table in tables)
-        heads = (weights.o.shape[1] if isinstance(weights.o, torch.Tensor) else weights.o.size) // dim
-        return cls(places.plan.sequences, *pointers, heads, kv_heads, dim, weights.scale, weights.eps)
-
-
-class AttentionPart(ctypes.Structure):
-    """See AttentionWeights."""
-
-    _fields_ = (
-        ("qkv", Matrix),
-        ("o", Matrix),
-        ("q_norm", ctypes.c_void_p),
-        ("k_norm", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-    )
-
-    @classmethod
-    def of(cls, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart:
-        """Valid as long as the tensors of `weights` live."""
-        keys, values = weights.kv_cache
-        qkv, o = Matrix.of(weights.qkv, weights.bias), Matrix.of(weights.o)
-        kv_heads, dim = keys.shape[2:]
-        assert keys.dtype is dtype, f"{keys.dtype}; expected {dtype}"
-        assert qkv.out_size == o.size + 2 * kv_heads * dim, f"{qkv.out_size} for {o.size} and {kv_heads} heads of {dim}"
-        norms = (None, None) if weights.norms is None else (norm.data_ptr() for norm in weights.norms)
-        return cls(qkv, o, *norms, keys.data_ptr(), values.data_ptr())
-
-
-class MlpPart(ctypes.Structure):
-    """See MlpWeights."""
-
-    _fields_ = (("gate_up", Matrix), ("down", Matrix))
-
-    @classmethod
-    def of(cls, weights: MlpWeights) -> MlpPart:
-        """Valid as long as the tensors of `weights` live."""
-        gate_up, down = Matrix.of(weights.gate_up), Matrix.of(weights.down)
-        assert gate_up.out_size == 2 * down.size, f"{gate_up.out_size} gates and others for rows of {down.size}"
-        return cls(gate_up, down)
-
-
-class Layer(ctypes.Structure):
-    """See LayerWeights."""
-
-    _fields_ = (
-        ("attention_norm", ctypes.c_void_p),
-        ("attention", AttentionPart),
-        ("mlp_norm", ctypes.c_void_p),
-        ("mlp", MlpPart),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +61,8 @@ class NativeKernels:
         self._attend = library.function(f"attend_{suffix}", "pnpppnnnfpi")
         self._attend_whole = library.function(f"attend_whole_{suffix}", "pnpppni")
         self._mlp = library.function(f"mlp_{suffix}", "pnppni")
+        self._moe = library.function(f"moe_{suffix}", "pnpppni")
+        self._route = library.function(f"route_{suffix}", "pnnnippi")
         self._run_layers = library.function(f"run_layers_{suffix}", "pnppnni")
 
     def _room(self, *shape: int) -> torch.Tensor:
@@ -237,6 +98,16 @@ class NativeKernels:
         self._mlp(x.data_ptr(), x.stride(0), byref(part), out.data_ptr(), x.shape[0], torch.get_num_threads())
         return out
 
+    def moe(self, x: torch.Tensor, weights: MoeWeights, positions: torch.Tensor) -> torch.Tensor:
+        """As `LayerKernels.moe`."""
+        x, part = rows_together(x), MoePart.of(weights)
+        assert x.shape[1] == part.router.size, f"rows of {x.shape[1]} by rows of {part.router.size}"
+        assert positions.is_contiguous(), "numbers follow each other"
+        out = self._room(*x.shape)
+        given = x.data_ptr(), x.stride(0), byref(part), positions.data_ptr()
+        self._moe(*given, out.data_ptr(), x.shape[0], torch.get_num_threads())
+        return out
+
     def attention(self, x: torch.Tensor, weights: AttentionWeights, places: Places) -> torch.Tensor:
         """As `LayerKernels.attention`."""
         x, part, step = rows_together(x), AttentionPart.of(weights, self._dtype), Step.of(weights, places)
@@ -248,17 +119,7 @@ class NativeKernels:
 
     def prepare_layers(self, layers: Sequence[LayerWeights]) -> Layers:
         """As `LayerKernels.prepare_layers`."""
-        array = (Layer * len(layers))(
-            *(
-                Layer(
-                    layer.attention_norm.data_ptr(),
-                    AttentionPart.of(layer.attention, self._dtype),
-                    layer.mlp_norm.data_ptr(),
-                    MlpPart.of(layer.mlp),
-                )
-                for layer in layers
-            )
-        )
+        array = (Layer * len(layers))(*(Layer.of(layer, self._dtype) for layer in layers))
         return Layers(array=array, weights=tuple(layers))
 
     def layers(self, x: torch.Tensor, prepared: Layers, places: Places) -> None:
@@ -307,6 +168,17 @@ class NativeKernels:
         out = self._room(num_tokens, size)
         self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_tokens, size, torch.get_num_threads())
         return out
+
+    def route(self, logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `reference.route`; of equals the first ones."""
+        if logits.dtype is not self._dtype:
+            return reference.route(logits, top_k, renormalize)
+        logits = logits.contiguous()
+        weights = torch.empty(len(logits), top_k)
+        ids = torch.empty(len(logits), top_k, dtype=torch.int64)
+        given = logits.data_ptr(), *logits.shape, top_k, renormalize, weights.data_ptr(), ids.data_ptr()
+        self._route(*given, torch.get_num_threads())
+        return weights, ids
 
     def run_experts(
         self,

@@ -1,4 +1,6 @@
 // What stands between matrix products, one row after the other.
+#include <vector>
+
 #include "pointwise.h"
 
 namespace {
@@ -32,6 +34,19 @@ void silu_and_mul(const T* gate_up, T* out, int64_t num_tokens, int64_t size, in
         gate_row(gate_up + t * 2 * size, gate_up + (t * 2 + 1) * size, out + t * size, size);
 }
 
+// Logits [tokens, size] to weights and ids [tokens, count].
+template <class T>
+void route(const T* logits, int64_t num_tokens, int64_t size, int64_t count, bool renormalizes, float* weights,
+           int64_t* ids, int num_threads) {
+#pragma omp parallel num_threads(num_threads) if (num_tokens * size * count > MANY)
+    {
+        std::vector<float> room(size + 16);
+#pragma omp for
+        for (int64_t t = 0; t < num_tokens; ++t)
+            route_row(logits + t * size, size, count, renormalizes, room.data(), ids + t * count, weights + t * count);
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, SUFFIX)                                                                                              \
@@ -46,6 +61,10 @@ void silu_and_mul(const T* gate_up, T* out, int64_t num_tokens, int64_t size, in
     extern "C" void silu_and_mul_##SUFFIX(const T* gate_up, T* out, int64_t num_tokens, int64_t size,                  \
                                           int num_threads) {                                                           \
         silu_and_mul(gate_up, out, num_tokens, size, num_threads);                                                     \
+    }                                                                                                                  \
+    extern "C" void route_##SUFFIX(const T* logits, int64_t num_tokens, int64_t size, int64_t count, int renormalizes, \
+                                   float* weights, int64_t* ids, int num_threads) {                                    \
+        route(logits, num_tokens, size, count, renormalizes, weights, ids, num_threads);                               \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

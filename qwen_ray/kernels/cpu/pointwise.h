@@ -44,3 +44,35 @@ inline void gate_row(const T* gate, const T* up, T* to, int64_t size) {
         save_up_to_16(to + i, v * load_up_to_16(up + i, size - i), size - i);
     }
 }
+
+// Where a token's logits send it: the `count` likeliest of `size`, best first, and their weights, a softmax over all,
+// or where it `renormalizes` over those. `room`: size + 16.
+template <class T>
+inline void route_row(const T* logits, int64_t size, int64_t count, bool renormalizes, float* room, int64_t* ids,
+                      float* weights) {
+    constexpr float TAKEN = -1.0f;  // no probability is
+    f32x16 most = fill(-__builtin_inff()), all{};
+    for (int64_t i = 0; i < size; i += 16) {
+        f32x16 v = load_up_to_16(logits + i, size - i);
+        for (int64_t j = size - i; j < 16; ++j) v[j] = -__builtin_inff();
+        save(room + i, v);
+        most = larger(most, v);
+    }
+    float top = largest(most);
+    for (int64_t i = 0; i < size; i += 16) {
+        f32x16 v = exponential(load<f32x16>(room + i) - top);
+        save(room + i, v);
+        all += v;
+    }
+    float total = sum(all), chosen = 0.0f;
+    for (int64_t c = 0; c < count; ++c) {
+        int64_t best = -1;
+        for (int64_t i = 0; i < size; ++i)
+            if (room[i] != TAKEN && (best < 0 || room[i] > room[best])) best = i;
+        ids[c] = best;
+        weights[c] = room[best] / total;
+        chosen += weights[c];
+        room[best] = TAKEN;
+    }
+    for (int64_t c = 0; c < count && renormalizes; ++c) weights[c] /= chosen;
+}

@@ -39,7 +39,7 @@ class Team {
     alignas(64) std::atomic<int> turn{0};
 };
 
-// [out_size, size]: rows of T, or packed in 8 or 4 bits as `quantized.py` says. As `native.py` lays it out.
+// [out_size, size]: rows of T, or packed in 8 or 4 bits as `quantized.py` says. As `parts.py` lays it out.
 struct Matrix {
     const void* values;
     int64_t row_bytes;

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qwen_ray.kernels import quantized
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
-from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, Places
-from qwen_ray.kernels.quantized import PackedWeight
+from qwen_ray.kernels.layer import AttentionWeights, ExpertWeights, LayerWeights, MlpWeights, MoeWeights, Places
+from qwen_ray.kernels.quantized import Matrices, PackedWeight
 from qwen_ray.kernels.registry import Kernels, LayerKernels
 
 LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
@@ -65,10 +65,90 @@ def layer_kernels(kernels: Kernels) -> LayerKernels:
 def test_mlp(library: Library, dtype: torch.dtype, bits: int | None, num_rows: int, hidden: int, inner: int) -> None:
     kernels = Kernels.on_cpu(library, dtype)
     gate_up, down = matrix(2 * inner, hidden, dtype, bits), matrix(hidden, inner, dtype, bits)
-    x = random(num_rows, hidden, dtype=dtype)
+    x, weights = random(num_rows, hidden, dtype=dtype), MlpWeights(gate_up=gate_up, down=down)
     assert layer_kernels(kernels).takes(x)
-    expected = multiply(kernels, kernels.silu_and_mul(multiply(kernels, x, gate_up)), down)
-    assert torch.equal(layer_kernels(kernels).mlp(x, MlpWeights(gate_up=gate_up, down=down)), expected)
+    assert torch.equal(layer_kernels(kernels).mlp(x, weights), gated(kernels, x, weights))
+
+
+def gated(kernels: Kernels, x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
+    return multiply(kernels, kernels.silu_and_mul(multiply(kernels, x, weights.gate_up)), weights.down)
+
+
+NUM_EXPERTS, SLOTS = 11, 9  # on the second of two ranks; some experts have a copy on both, some two here
+
+
+def experts(hidden: int, inner: int, dtype: torch.dtype, bits: int | None) -> ExpertWeights:
+    places = torch.tensor([[SLOTS + i % SLOTS, i if i % 2 else SLOTS + (i + 4) % SLOTS] for i in range(NUM_EXPERTS)])
+    return ExpertWeights(
+        gate_up=stack(2 * inner, hidden, dtype, bits),
+        down=stack(hidden, inner, dtype, bits),
+        places=places,
+        num_copies=torch.tensor([1 + i % 3 // 2 for i in range(NUM_EXPERTS)]),
+        first_place=SLOTS,
+        ids=torch.arange(SLOTS + 1),
+        tokens=torch.zeros(NUM_EXPERTS + 1, dtype=torch.int64),
+    )
+
+
+def stack(out_size: int, size: int, dtype: torch.dtype, bits: int | None) -> Matrices:
+    given = random(SLOTS, out_size, size, dtype=dtype) / size**0.5
+    if bits is None:
+        return given
+    packed = quantized.make_stack(SLOTS, bits, out_size, size)
+    for slot, weight in enumerate(given):
+        quantized.store(packed[slot], 0, weight)
+    return packed
+
+
+def moe_weights(
+    hidden: int, inner: int, dtype: torch.dtype, bits: int | None, *, top_k: int = 3, is_shared: bool = False
+) -> MoeWeights:
+    mlp = MlpWeights(gate_up=matrix(2 * inner, hidden, dtype, bits), down=matrix(hidden, inner, dtype, bits))
+    return MoeWeights(
+        router=random(NUM_EXPERTS, hidden, dtype=dtype),
+        top_k=top_k,
+        renormalize=top_k > 1,
+        experts=experts(hidden, inner, dtype, bits),
+        shared=(mlp, random(1, hidden, dtype=dtype) / hidden) if is_shared else None,
+    )
+
+
+def routed(kernels: Kernels, x: torch.Tensor, weights: MoeWeights, positions: torch.Tensor) -> torch.Tensor:
+    """Counts as well."""
+    own = weights.experts
+    shares, ids = kernels.route(kernels.linear(x, weights.router, None), weights.top_k, weights.renormalize)
+    slots = own.places[ids, positions[:, None] % own.num_copies[ids]] - own.first_place
+    slots = torch.where((slots >= 0) & (slots < SLOTS), slots, -1)
+    for slot in slots[slots >= 0].tolist():
+        own.tokens[own.ids[slot]] += 1
+    return kernels.run_experts(x, slots, shares, own.gate_up, own.down)
+
+
+@cases
+@given(
+    num_rows=st.one_of(st.integers(1, 40), st.integers(300, 540)),  # many for some experts
+    hidden=st.integers(1, 90),
+    inner=st.integers(1, 70),
+    top_k=st.integers(1, 5),
+)
+@settings(max_examples=5, deadline=None)
+def test_moe(
+    library: Library, dtype: torch.dtype, bits: int | None, num_rows: int, hidden: int, inner: int, top_k: int
+) -> None:
+    kernels = Kernels.on_cpu(library, dtype)
+    weights = moe_weights(hidden, inner, dtype, bits, top_k=top_k)
+    x, positions = random(num_rows, hidden, dtype=dtype), torch.arange(num_rows)
+    expected = routed(kernels, x, weights, positions)
+    num_tokens = weights.experts.tokens.clone()
+    assert torch.equal(layer_kernels(kernels).moe(x, weights, positions), expected)
+    assert torch.equal(weights.experts.tokens, 2 * num_tokens)
+    assert num_tokens.sum() <= num_rows * top_k
+    weights = moe_weights(hidden, inner, dtype, bits, top_k=top_k, is_shared=True)
+    assert weights.shared is not None
+    mlp, gate = weights.shared
+    expected += kernels.linear(x, gate, None).sigmoid() * gated(kernels, x, mlp)
+    unit = 2**-7 if dtype is torch.bfloat16 else 1e-6  # torch's sigmoid is another
+    torch.testing.assert_close(layer_kernels(kernels).moe(x, weights, positions), expected, atol=4 * unit, rtol=unit)
 
 
 @dataclass(frozen=True)
@@ -102,7 +182,7 @@ class Tokens:
         slots = [table[own // 16] * 16 + own % 16 for table, own in zip(self.tables, at, strict=True)]
         cos, sin = (random(self.num_rows, self.dim // 2, dtype=self.dtype) * scale for scale in (1.0, 0.5))
         plan = kernels.plan_attention(self.tables, tuple(self.counts), self.lengths, 16)
-        return Places(cos=cos, sin=sin, slots=torch.cat(slots), plan=plan)
+        return Places(cos=cos, sin=sin, slots=torch.cat(slots), positions=torch.cat(at), plan=plan)
 
 
 def attention_weights(
@@ -163,16 +243,18 @@ def test_attention(
 
 
 def some_layers(
-    tokens: Tokens, heads: int, bits: int | None, *, is_normed: bool = False, inner: int = 1100
+    tokens: Tokens, heads: int, bits: int | None, *, is_normed: bool = False, is_shared: bool = False, inner: int = 1100
 ) -> list[LayerWeights]:
-    """Three, of 72 wide."""
+    """Three, of 72 wide; the second one sparse."""
     dtype = tokens.dtype
     return [
         LayerWeights(
             attention_norm=random(72, dtype=dtype) + i,
             attention=attention_weights(tokens.cache(i), heads, 72, bits, is_normed=is_normed),
             mlp_norm=random(72, dtype=dtype) - i,
-            mlp=MlpWeights(gate_up=matrix(2 * inner, 72, dtype, bits), down=matrix(72, inner, dtype, bits)),
+            mlp=moe_weights(72, inner, dtype, bits, is_shared=is_shared)
+            if i == 1
+            else MlpWeights(gate_up=matrix(2 * inner, 72, dtype, bits), down=matrix(72, inner, dtype, bits)),
         )
         for i in range(3)
     ]
@@ -200,8 +282,10 @@ def test_layers(
         normed = kernels.rms_norm(expected, layer.attention_norm, 1e-6)
         expected = expected + attend(kernels, normed, replace(layer.attention, kv_cache=cache), places)
         normed = kernels.rms_norm(expected, layer.mlp_norm, 1e-6)
-        gated = kernels.silu_and_mul(multiply(kernels, normed, layer.mlp.gate_up))
-        expected = expected + multiply(kernels, gated, layer.mlp.down)
+        if isinstance(layer.mlp, MoeWeights):
+            expected = expected + routed(kernels, normed, layer.mlp, places.positions)
+        else:
+            expected = expected + gated(kernels, normed, layer.mlp)
     at_once = layer_kernels(kernels)
     at_once.layers(x, at_once.prepare_layers(layers), places)
     assert torch.equal(x, expected)
@@ -219,7 +303,7 @@ def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype, bits: int
         kernels = Kernels.on_cpu(library, dtype)
         at_once = layer_kernels(kernels)
         x = random(tokens.num_rows, 72, dtype=dtype)
-        layers = at_once.prepare_layers(some_layers(tokens, 4, bits, inner=150))
+        layers = at_once.prepare_layers(some_layers(tokens, 4, bits, is_shared=True, inner=150))
         at_once.layers(x, layers, tokens.places(kernels))
         found.append(x)
     assert all(torch.equal(x, found[0]) for x in found)

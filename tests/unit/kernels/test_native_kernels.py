@@ -131,6 +131,33 @@ def test_extremes_come_out_as_they_must(library: Library | None, dtype: torch.dt
 
 
 @cases
+@given(num_tokens=st.integers(0, 9), num_experts=st.integers(1, 70), top_k=st.integers(1, 9))
+@settings(max_examples=8, deadline=None)
+def test_route(library: Library | None, dtype: torch.dtype, num_tokens: int, num_experts: int, top_k: int) -> None:
+    route = Kernels.on_cpu(library, dtype).route
+    top_k = min(top_k, num_experts)
+    logits = torch.stack(
+        [random(num_experts, dtype=torch.float32).roll(i).argsort() / 8 for i in range(num_tokens + 1)]
+    )
+    for renormalize in (True, False):
+        weights, ids = route(logits.to(dtype), top_k, renormalize)
+        expected, expected_ids = reference.route(logits.to(dtype), top_k, renormalize)
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=[library.name for library in LIBRARIES])
+def test_route_of_equals_and_of_what_is_not_finite(library: Library) -> None:
+    logits = torch.zeros(3, 20)
+    logits[1, 7], logits[2, 3] = float("nan"), float("inf")
+    weights, ids = Kernels.on_cpu(library, torch.float32).route(logits, 4, True)
+    assert ids[0].tolist() == [0, 1, 2, 3]
+    assert weights[0].tolist() == [0.25] * 4
+    assert weights[1:].isnan().any(1).all()
+    assert all(len(set(row)) == 4 and set(row) <= set(range(20)) for row in ids.tolist())
+
+
+@cases
 @given(num_tokens=st.integers(0, 40), num_slots=st.integers(1, 7), top_k=st.integers(1, 4))
 @settings(max_examples=8, deadline=None)
 def test_experts(library: Library | None, dtype: torch.dtype, num_tokens: int, num_slots: int, top_k: int) -> None:
