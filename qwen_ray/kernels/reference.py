@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from qwen_ray.kernels.quantized import Matrices, PackedWeight, linear_packed
 
+PIECE_LOGITS = 128  # that are compared at once, where the greatest is looked for
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[T, in] by [out, in] to [T, out]."""
@@ -49,6 +51,28 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Te
     """
     weights, ids = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
+
+
+def greatest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of [n, vocab]: where its largest value is, the first of equals, and whether all values are finite.
+
+    [n] int64 and [n] bool. Of a row that holds NaN the place is no matter. On a CPU torch finds a largest value many at
+    a time, but its place one by one: so the place is looked for in the piece that has the value.
+    """
+    is_finite = logits.sum(-1, dtype=torch.float32).isfinite()
+    num_pieces = logits.shape[1] // PIECE_LOGITS
+    if logits.device.type != "cpu" or num_pieces < 2:
+        return logits.argmax(-1), is_finite
+    end = num_pieces * PIECE_LOGITS
+    pieces = logits[:, :end].unflatten(1, (num_pieces, PIECE_LOGITS))
+    best = pieces.amax(-1)
+    piece = best.argmax(-1)
+    rows = torch.arange(len(logits))
+    places = piece * PIECE_LOGITS + pieces[rows, piece].argmax(-1)
+    if end == logits.shape[1]:
+        return places, is_finite
+    rest, of_rest = logits[:, end:].max(-1)
+    return torch.where(rest > best[rows, piece], end + of_rest, places), is_finite
 
 
 def expert(rows: torch.Tensor, gate_up: torch.Tensor | PackedWeight, down: torch.Tensor | PackedWeight) -> torch.Tensor:

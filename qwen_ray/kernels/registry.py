@@ -68,6 +68,7 @@ class Kernels:
     store_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     plan_attention: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...], int], Any]
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
+    greatest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     of_layers: LayerKernels | None = None
 
     @classmethod
@@ -107,6 +108,7 @@ class Kernels:
             run_experts=own.run_experts,
             plan_attention=own.plan_attention,
             paged_attention=own.paged_attention,
+            greatest=own.greatest,
             of_layers=own,
         )
 
@@ -122,4 +124,5 @@ REFERENCE = Kernels(
     store_kv=reference.store_kv,
     plan_attention=reference.plan_attention,
     paged_attention=reference.paged_attention,
+    greatest=reference.greatest,
 )

@@ -15,24 +15,22 @@ __all__ = ["ForwardBatch", "LayerWeights", "Places"]
 class ForwardBatch:
     """Several sequences' chunks laid end to end: T tokens, S sequences, L rows that leave the model.
 
-    Sequence s owns the tokens `query_starts[s] : query_starts[s + 1]`; its context is all its tokens up to and with
-    the chunk. Lengths are given twice: as tensors for kernels, as ints so that nobody waits for a device to know them.
+    Sequence s owns `query_lens[s]` tokens; its context is all its tokens up to and with the chunk. Lengths are ints:
+    nobody waits for a device to know them.
     """
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     slots: torch.Tensor  # [T] int64: block * block_size + offset, where each token's K and V are written
     block_tables: torch.Tensor  # [S, max blocks] int64, padded with block 0
-    query_starts: torch.Tensor  # [S + 1] int64
-    context_lens: torch.Tensor  # [S] int64
     logit_rows: torch.Tensor  # [L] int64: indices into T; of these the model gives logits, or hidden states
-    query_lens_list: tuple[int, ...]  # S ints, adding up to T
-    context_lens_list: tuple[int, ...]  # S ints
+    query_lens: tuple[int, ...]  # S ints, adding up to T
+    context_lens: tuple[int, ...]  # S ints
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.query_lens_list)
+        return sum(self.query_lens)
 
     @property
     def num_sequences(self) -> int:
-        return len(self.query_lens_list)
+        return len(self.query_lens)

@@ -57,11 +57,10 @@ class Head(nn.Module):
         self.matrix = matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[L, hidden] to logits [L, vocabulary] in float32 on tensor rank 0, None on the others."""
+        """[L, hidden] to logits [L, vocabulary] in the same dtype on tensor rank 0, None on the others."""
         if x.shape[0] == 0:
-            return x.new_empty(0, self.matrix.vocab_size, dtype=torch.float32) if self._is_gathering else None
-        logits = self._group.gather(self.matrix.multiply(x), self._sizes)
-        return None if logits is None else logits.float()
+            return x.new_empty(0, self.matrix.vocab_size) if self._is_gathering else None
+        return self._group.gather(self.matrix.multiply(x), self._sizes)
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.matrix.load(checkpoint, prefix)

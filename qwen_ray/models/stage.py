@@ -68,6 +68,7 @@ class Stage(nn.Module):
         self.shard = shard = site.shard
         self._groups = site.groups
         self._plan_attention = site.kernels.plan_attention
+        self.greatest = site.kernels.greatest
         self._dtype = site.dtype
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(site, vocab, hidden) if shard.is_first else None
@@ -82,7 +83,8 @@ class Stage(nn.Module):
     def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
         """Logits [L, vocabulary] in float32 on the rank that samples, None on the others."""
         x = self.hidden(batch)
-        return None if x is None else self.logits(x)
+        logits = None if x is None else self.logits(x)
+        return None if logits is None else logits.float()
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> torch.Tensor | None:
@@ -102,7 +104,7 @@ class Stage(nn.Module):
 
     @torch.inference_mode()
     def logits(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Of some rows of `hidden`, on all ranks of the last stage together; as `forward` gives them."""
+        """Of some rows of `hidden`, on all ranks of the last stage together; as `forward`, in the model's dtype."""
         assert self.lm_head is not None, "on the last stage"
         return self.lm_head(x)
 
@@ -126,7 +128,7 @@ class Stage(nn.Module):
         plan = None
         if batch.num_tokens:
             block_size = self.attentions[0].kv_cache[0].shape[1]
-            plan = self._plan_attention(batch.block_tables, batch.query_lens_list, batch.context_lens_list, block_size)
+            plan = self._plan_attention(batch.block_tables, batch.query_lens, batch.context_lens, block_size)
         return Places(cos=cos, sin=sin, slots=batch.slots, positions=batch.positions, plan=plan)
 
     @torch.inference_mode()

@@ -25,7 +25,7 @@ def score(logits: torch.Tensor, states: Sequence[SequenceState]) -> list[Sample]
     samples: list[Sample] = []
     for state, row in zip(states, logits, strict=True):
         assert state.pooling is not None, "of sequences that are pooled"
-        samples.append(_pooled(state, row[list(state.pooling.token_ids)].cpu()))
+        samples.append(_pooled(state, row[list(state.pooling.token_ids)].float().cpu()))
     return samples
 
 

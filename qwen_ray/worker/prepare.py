@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -112,11 +111,9 @@ def _forward_batch(
         positions=where.to(device),
         slots=slots.to(device),
         block_tables=block_tables.to(device),
-        query_starts=torch.tensor(list(accumulate(query_lens, initial=0))).to(device),
-        context_lens=torch.tensor(context_lens, dtype=torch.int64).to(device),
         logit_rows=to_tensor(logit_rows).to(device),
-        query_lens_list=query_lens,
-        context_lens_list=context_lens,
+        query_lens=query_lens,
+        context_lens=context_lens,
     )
 
 

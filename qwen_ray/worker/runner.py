@@ -64,7 +64,7 @@ class Runner:
         prompts = describe_prompts(logits, prepared.prompts)
         num_own = num_logits - len(prepared.scored)
         rows = logits[list(prepared.sample_rows)] if prepared.prompts else logits[:num_own]
-        sampled = sample(rows, prepared.samples, masks.result()) if prepared.samples else []
+        sampled = sample(rows, prepared.samples, masks.result(), self._model.greatest) if prepared.samples else []
         scores = score(logits[num_own:], prepared.scored)
         return StepResult(
             step_id=batch.step_id,

@@ -11,13 +11,14 @@ before all.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from qwen_ray.core.request import SamplingParams, TokenLogprobs
 from qwen_ray.core.step import PromptLogprobs, Sample
+from qwen_ray.kernels import reference
 from qwen_ray.worker.grammars import NO_MASKS, TokenMasks
 from qwen_ray.worker.noise import gumbel, stream_key
 from qwen_ray.worker.prepare import PromptRows, to_tensor
@@ -26,18 +27,30 @@ from qwen_ray.worker.sequences import SequenceState
 PIECE_ROWS = 64  # rows of prompt logits that are described together: bounds the memory
 PIECE_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}  # noise made at a time: what stays in a cache, or fills a GPU
 NUM_BEST = 512  # of so many tokens top_k and top_p choose before anything is sorted
-PIECE_LOGITS = 128  # that are compared at once, where the greatest is looked for
 MIN_TEMPERATURE = 1e-5  # below it, the same as greedy but for ties
 
 
-def sample(logits: torch.Tensor, states: Sequence[SequenceState], masks: TokenMasks = NO_MASKS) -> list[Sample]:
-    """One token for each of `states` from its row of `logits` [len(states), vocab] float32, which is overwritten."""
-    is_finite = logits.sum(-1).isfinite().tolist()
+def sample(
+    logits: torch.Tensor,
+    states: Sequence[SequenceState],
+    masks: TokenMasks = NO_MASKS,
+    greatest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = reference.greatest,
+) -> list[Sample]:
+    """One token for each of `states` from its row of `logits` [len(states), vocab], which is overwritten.
+
+    `greatest` is one of `Kernels`.
+    """
+    places, finite = greatest(logits)
+    token_ids, is_finite = places.tolist(), finite.tolist()
+    is_adjusted = masks is not NO_MASKS or any(map(has_adjustment, states))
+    if is_adjusted or any(state.sampling.logprobs is not None or not state.sampling.is_greedy for state in states):
+        logits = logits.float()
     wanted = [i for i, state in enumerate(states) if state.sampling.logprobs is not None and is_finite[i]]
     raw = logits[wanted] if wanted else None
-    adjust(logits, states)
-    masks.apply(logits)
-    token_ids: list[int] = greatest(logits).tolist()
+    if is_adjusted:
+        adjust(logits, states)
+        masks.apply(logits)
+        token_ids = greatest(logits)[0].tolist()
     forced = {i: token for i, state in enumerate(states) if (token := state.forced_token) is not None}
     drawn = [i for i, state in enumerate(states) if not state.sampling.is_greedy and is_finite[i] and i not in forced]
     if drawn:
@@ -60,25 +73,10 @@ def sample(logits: torch.Tensor, states: Sequence[SequenceState], masks: TokenMa
     ]
 
 
-def greatest(logits: torch.Tensor) -> torch.Tensor:
-    """`logits.argmax(-1)` of [n, vocab], the first of equals; of rows that hold no NaN.
-
-    On a CPU torch finds a largest value many at a time, but its place one by one: so the place is looked for in the
-    piece that has the value.
-    """
-    num_pieces = logits.shape[1] // PIECE_LOGITS
-    if logits.device.type != "cpu" or num_pieces < 2:
-        return logits.argmax(-1)
-    end = num_pieces * PIECE_LOGITS
-    pieces = logits[:, :end].unflatten(1, (num_pieces, PIECE_LOGITS))
-    best = pieces.amax(-1)
-    piece = best.argmax(-1)
-    rows = torch.arange(len(logits))
-    places = piece * PIECE_LOGITS + pieces[rows, piece].argmax(-1)
-    if end == logits.shape[1]:
-        return places
-    rest, of_rest = logits[:, end:].max(-1)
-    return torch.where(rest > best[rows, piece], end + of_rest, places)
+def has_adjustment(state: SequenceState) -> bool:
+    """Whether `adjust` may change its row."""
+    params = state.sampling
+    return bool(params.logit_bias or params.min_tokens) or has_penalty(params)
 
 
 def adjust(logits: torch.Tensor, states: Sequence[SequenceState]) -> None:
@@ -204,7 +202,7 @@ def describe_prompts(logits: torch.Tensor, prompts: Sequence[PromptRows]) -> lis
         num_top = prompt.state.sampling.prompt_logprobs or 0
         for done in range(0, prompt.count, PIECE_ROWS):
             count = min(PIECE_ROWS, prompt.count - done)
-            rows = logits[prompt.row + done : prompt.row + done + count]
+            rows = logits[prompt.row + done : prompt.row + done + count].float()
             start = prompt.start + done
             entries += describe(rows, prompt.state.token_ids[start : start + count].tolist(), [num_top] * count)
         described.append(

@@ -143,11 +143,9 @@ def make_batch(sequences: list[list[int]], chunks: Chunks, logit_rows: list[int]
         positions=torch.tensor(positions, dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
         block_tables=torch.tensor(tables, dtype=torch.int64),
-        query_starts=torch.tensor([0, *lens]).cumsum(0),
-        context_lens=torch.tensor(contexts, dtype=torch.int64),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        query_lens_list=lens,
-        context_lens_list=contexts,
+        query_lens=lens,
+        context_lens=contexts,
     )
 
 

@@ -61,6 +61,7 @@ class NativeKernels:
         self._attend = library.function(f"attend_{suffix}", "pnpppnnnfpi")
         self._attend_whole = library.function(f"attend_whole_{suffix}", "pnpppni")
         self._mlp = library.function(f"mlp_{suffix}", "pnppni")
+        self._greatest = {dtype: library.function(f"greatest_{s}", "pnnppi") for dtype, s in SUFFIXES.items()}
         self._moe = library.function(f"moe_{suffix}", "pnpppni")
         self._route = library.function(f"route_{suffix}", "pnnnippi")
         self._run_layers = library.function(f"run_layers_{suffix}", "pnppnni")
@@ -179,6 +180,16 @@ class NativeKernels:
         given = logits.data_ptr(), *logits.shape, top_k, renormalize, weights.data_ptr(), ids.data_ptr()
         self._route(*given, torch.get_num_threads())
         return weights, ids
+
+    def greatest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `reference.greatest`."""
+        if logits.dtype not in self._greatest:
+            return reference.greatest(logits)
+        logits = logits.contiguous()
+        ids, is_finite = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.bool)
+        given = logits.data_ptr(), *logits.shape, ids.data_ptr(), is_finite.data_ptr()
+        self._greatest[logits.dtype](*given, torch.get_num_threads())
+        return ids, is_finite
 
     def run_experts(
         self,

@@ -47,6 +47,16 @@ void route(const T* logits, int64_t num_tokens, int64_t size, int64_t count, boo
     }
 }
 
+template <class T>
+void greatest(const T* x, int64_t num_rows, int64_t size, int64_t* places, bool* all_finite, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_rows > 1 && num_rows * size > MANY)
+    for (int64_t row = 0; row < num_rows; ++row) {
+        Greatest found = greatest_of_row(x + row * size, size);
+        places[row] = found.place;
+        all_finite[row] = found.all_finite;
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, SUFFIX)                                                                                              \
@@ -65,6 +75,10 @@ void route(const T* logits, int64_t num_tokens, int64_t size, int64_t count, boo
     extern "C" void route_##SUFFIX(const T* logits, int64_t num_tokens, int64_t size, int64_t count, int renormalizes, \
                                    float* weights, int64_t* ids, int num_threads) {                                    \
         route(logits, num_tokens, size, count, renormalizes, weights, ids, num_threads);                               \
+    }                                                                                                                  \
+    extern "C" void greatest_##SUFFIX(const T* x, int64_t num_rows, int64_t size, int64_t* places, bool* all_finite,   \
+                                      int num_threads) {                                                               \
+        greatest(x, num_rows, size, places, all_finite, num_threads);                                                  \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

@@ -45,6 +45,32 @@ inline void gate_row(const T* gate, const T* up, T* to, int64_t size) {
     }
 }
 
+struct Greatest {
+    int64_t place;  // the first of equals; where there is NaN, any
+    bool all_finite;
+};
+
+template <class T>
+inline Greatest greatest_of_row(const T* from, int64_t size) {  // at least one
+    f32x16 best = fill(-__builtin_inff()), spoilt{};
+    i32x16 places{}, now{};
+    for (int i = 0; i < 16; ++i) now[i] = i;
+    i32x16 first = now;
+    places = now;
+    for (int64_t i = 0; i < size; i += 16, now += 16) {
+        f32x16 v = load_up_to_16(from + i, size - i);
+        spoilt += v - v;  // 0, or NaN where one is not finite
+        if (size - i < 16) v = choose(first < int32_t(size - i), v, fill(-__builtin_inff()));
+        places = choose(v > best, now, places);
+        best = larger(v, best);
+    }
+    float most = largest(best);
+    int64_t place = size;
+    for (int i = 0; i < 16; ++i)
+        if (best[i] == most && places[i] < place) place = places[i];
+    return {place < size ? place : 0, sum(spoilt) == 0.0f};
+}
+
 // Where a token's logits send it: the `count` likeliest of `size`, best first, and their weights, a softmax over all,
 // or where it `renormalizes` over those. `room`: size + 16.
 template <class T>

@@ -131,6 +131,30 @@ def test_extremes_come_out_as_they_must(library: Library | None, dtype: torch.dt
 
 
 @cases
+@given(
+    vocab_size=st.integers(1, 700),
+    num_rows=st.integers(0, 4),
+    num_values=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_greatest_is_the_first_of_equals(
+    library: Library | None, dtype: torch.dtype, vocab_size: int, num_rows: int, num_values: int, seed: int
+) -> None:
+    greatest = Kernels.on_cpu(library, dtype).greatest
+    dice = torch.Generator().manual_seed(seed)
+    logits = torch.randint(num_values, (num_rows, vocab_size), generator=dice).float().log().to(dtype)  # -inf, too
+    expected = [row.tolist().index(row.max().item()) for row in logits]
+    places, is_finite = greatest(logits)
+    assert places.tolist() == expected
+    assert torch.equal(is_finite, logits.isfinite().all(-1))
+    for spoilt in (float("nan"), float("inf")):
+        logits = torch.zeros(2, vocab_size, dtype=dtype)
+        logits[1, seed % vocab_size] = spoilt
+        assert greatest(logits)[1].tolist() == [True, False]
+
+
+@cases
 @given(num_tokens=st.integers(0, 9), num_experts=st.integers(1, 70), top_k=st.integers(1, 9))
 @settings(max_examples=8, deadline=None)
 def test_route(library: Library | None, dtype: torch.dtype, num_tokens: int, num_experts: int, top_k: int) -> None:

@@ -54,9 +54,7 @@ def test_a_prefill_chunk_beside_a_decode() -> None:
     assert forward.positions.tolist() == [0, 1, 2, 3, 4, 6]
     assert forward.slots.tolist() == [0, 1, 2, 3, 36, 10]
     assert forward.block_tables.tolist() == [[0, 9], [5, 2]]
-    assert forward.query_starts.tolist() == [0, 5, 6]
-    assert forward.context_lens.tolist() == [5, 7]
-    assert (forward.query_lens_list, forward.context_lens_list) == ((5, 1), (5, 7))
+    assert (forward.query_lens, forward.context_lens) == ((5, 1), (5, 7))
     # The chunk of 8 ends inside of its prompt: only 7 is sampled from.
     assert forward.logit_rows.tolist() == [5]
     assert [state.sequence_id for state in prepared.samples] == [7]
