@@ -190,6 +190,7 @@ void multiply_lanes(Team& team, const T* x, int64_t x_stride, const Share* share
         constexpr int B = decltype(blocks)::value;
         W w(share.w, block);
         const T* bias = (const T*)share.w.bias;
+        T* to = out + share.first * out_size;
         int64_t count = share.count, row = block * LANES;
         int64_t part = count > COLUMNS ? PART : num_groups;  // few rows: no weight is read twice
         f32x16 sums[(MOST_ROWS + COLUMNS) * BLOCKS];
@@ -211,7 +212,7 @@ void multiply_lanes(Team& team, const T* x, int64_t x_stride, const Share* share
                 int64_t at = row + b * LANES, rows = out_size - at;
                 f32x16 all = w.finish(b, v[b]);
                 if (bias) all += load_up_to_16(bias + at, rows);
-                save_up_to_16(out + (share.first + c) * out_size + at, all, rows);
+                save_up_to_16(to + c * out_size + at, all, rows);
             }
         }
     };
