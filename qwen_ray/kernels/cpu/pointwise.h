@@ -45,6 +45,17 @@ inline void gate_row(const T* gate, const T* up, T* to, int64_t size) {
     }
 }
 
+inline i32x16 lane_numbers() {
+    constexpr int32_t NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load<i32x16>(NUMBERS);
+}
+
+template <class T>
+inline f32x16 load_before_infinity(const T* from, int64_t count) {  // up to 16, and behind them what is never greatest
+    f32x16 v = load_up_to_16(from, count);
+    return count < 16 ? choose(lane_numbers() < int32_t(count), v, fill(-__builtin_inff())) : v;
+}
+
 struct Greatest {
     int64_t place;  // the first of equals; where there is NaN, any
     bool all_finite;
@@ -53,14 +64,11 @@ struct Greatest {
 template <class T>
 inline Greatest greatest_of_row(const T* from, int64_t size) {  // at least one
     f32x16 best = fill(-__builtin_inff()), spoilt{};
-    i32x16 places{}, now{};
-    for (int i = 0; i < 16; ++i) now[i] = i;
-    i32x16 first = now;
-    places = now;
-    for (int64_t i = 0; i < size; i += 16, now += 16) {
+    i32x16 now = lane_numbers(), places = now;
+    for (int64_t i = 0; i < size; i += 16, now = now + 16) {
         f32x16 v = load_up_to_16(from + i, size - i);
         spoilt += v - v;  // 0, or NaN where one is not finite
-        if (size - i < 16) v = choose(first < int32_t(size - i), v, fill(-__builtin_inff()));
+        v = size - i < 16 ? load_before_infinity(from + i, size - i) : v;
         places = choose(v > best, now, places);
         best = larger(v, best);
     }
@@ -79,8 +87,7 @@ inline void route_row(const T* logits, int64_t size, int64_t count, bool renorma
     constexpr float TAKEN = -1.0f;  // no probability is
     f32x16 most = fill(-__builtin_inff()), all{};
     for (int64_t i = 0; i < size; i += 16) {
-        f32x16 v = load_up_to_16(logits + i, size - i);
-        for (int64_t j = size - i; j < 16; ++j) v[j] = -__builtin_inff();
+        f32x16 v = load_before_infinity(logits + i, size - i);
         save(room + i, v);
         most = larger(most, v);
     }

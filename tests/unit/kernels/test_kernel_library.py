@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def use_compiler(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(library, "COMPILERS", ("no-such-compiler", str(compiler)))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, library.COMPILERS)), reason="needs a C++ compiler")
+@pytest.mark.parametrize("variant", VARIANTS, ids=[variant.name for variant in VARIANTS])
+def test_every_instruction_set_compiles(variant: Variant) -> None:
+    """One that does not is done without, and tests of what each computes would not miss it."""
+    assert (find(variant) or build(variant)).is_file()
 
 
 def test_what_was_built_is_found_again(places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
