@@ -36,7 +36,7 @@ def sample(
     masks: TokenMasks = NO_MASKS,
     greatest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = reference.greatest,
 ) -> list[Sample]:
-    """One token for each of `states` from its row of `logits` [len(states), vocab], which is overwritten.
+    """One token for each of `states` from its row of `logits` [len(states), vocab], which may be overwritten.
 
     `greatest` is one of `Kernels`.
     """

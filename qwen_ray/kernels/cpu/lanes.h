@@ -19,6 +19,7 @@ constexpr int LANES = 16, GROUP = 64;       // rows of a block; columns that sha
 constexpr int QUADS = GROUP / 4;            // four columns each
 constexpr int64_t PIECE_BYTES = 16 << 10;   // of weights: what a thread takes at least, large pieces first
 constexpr int64_t MOST_ROWS = 256;          // of x that are rounded at once, if all of them stay in a core's own cache
+static_assert(FEW_ROWS <= MOST_ROWS, "of a share among several, all at once");
 constexpr int64_t CACHE_BYTES = 768 << 10;
 constexpr int64_t PART = 16;                // groups of a row, that are multiplied before its next part
 #if defined(__AVX512F__)

@@ -51,7 +51,7 @@ inline i32x16 lane_numbers() {
 }
 
 template <class T>
-inline f32x16 load_before_infinity(const T* from, int64_t count) {  // up to 16, and behind them what is never greatest
+inline f32x16 load_for_greatest(const T* from, int64_t count) {  // up to 16, and behind them what is never greatest
     f32x16 v = load_up_to_16(from, count);
     return count < 16 ? choose(lane_numbers() < int32_t(count), v, fill(-__builtin_inff())) : v;
 }
@@ -66,9 +66,8 @@ inline Greatest greatest_of_row(const T* from, int64_t size) {  // at least one
     f32x16 best = fill(-__builtin_inff()), spoilt{};
     i32x16 now = lane_numbers(), places = now;
     for (int64_t i = 0; i < size; i += 16, now = now + 16) {
-        f32x16 v = load_up_to_16(from + i, size - i);
-        spoilt += v - v;  // 0, or NaN where one is not finite
-        v = size - i < 16 ? load_before_infinity(from + i, size - i) : v;
+        f32x16 given = load_up_to_16(from + i, size - i), v = load_for_greatest(from + i, size - i);
+        spoilt += given - given;  // 0, or NaN where one is not finite
         places = choose(v > best, now, places);
         best = larger(v, best);
     }
@@ -87,7 +86,7 @@ inline void route_row(const T* logits, int64_t size, int64_t count, bool renorma
     constexpr float TAKEN = -1.0f;  // no probability is
     f32x16 most = fill(-__builtin_inff()), all{};
     for (int64_t i = 0; i < size; i += 16) {
-        f32x16 v = load_before_infinity(logits + i, size - i);
+        f32x16 v = load_for_greatest(logits + i, size - i);
         save(room + i, v);
         most = larger(most, v);
     }
