@@ -67,10 +67,18 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where a step's T tokens are: the same for all layers. Without a plan where there are no tokens."""
+    """Where a step's T tokens are: the same for all layers, but the last one, which passes on R of them.
+
+    There attention, and what follows, is computed of those R rows alone; keys and values are stored of all.
+    """
 
     cos: torch.Tensor  # [T, D / 2], of the rotary angles
     sin: torch.Tensor
     slots: torch.Tensor  # [T], of keys and values
-    positions: torch.Tensor  # [T] int64, in their sequences
-    plan: Any  # of Kernels.plan_attention
+    rows: torch.Tensor | None  # [R] int64: indices into T, rising; None: all
+    positions: torch.Tensor  # [R] int64, in their sequences
+    plan: Any  # of Kernels.plan_attention, for the R; None where there are none
+
+    def passed_on(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, ...] to [R, ...]."""
+        return x if self.rows is None else x[self.rows]

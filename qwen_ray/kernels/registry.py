@@ -39,15 +39,18 @@ class LayerKernels(Protocol):
         ...
 
     def attention(self, x: torch.Tensor, weights: AttentionWeights, places: Places) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]. Stores keys and values."""
+        """[T, hidden] to [R, hidden], see `Places`. Stores keys and values."""
         ...
 
     def prepare_layers(self, layers: Sequence[LayerWeights]) -> Any:
         """Layers that follow each other, for `layers`; all of one kind have the same sizes. Holds their tensors."""
         ...
 
-    def layers(self, x: torch.Tensor, prepared: Any, places: Places) -> None:
-        """Changes x [T, hidden], contiguous, with nothing to add up over ranks in between. Stores keys and values."""
+    def layers(self, x: torch.Tensor, prepared: Any, places: Places, last: Places) -> None:
+        """Changes x [T, hidden], contiguous, with nothing to add up over ranks in between. Stores keys and values.
+
+        Rows that the last layer, whose places are `last`, does not pass on are no matter afterwards.
+        """
         ...
 
 

@@ -42,13 +42,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(site, self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, places: Places) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]; writes T keys and values into the cache."""
+        """[T, hidden] to [R, hidden], see `Places`; writes T keys and values into the cache."""
         if x.shape[0] == 0:
             return x
         at_once = self._kernels.of_layers
         if at_once is not None and at_once.takes(x):
-            return self.o_proj.all_reduce(at_once.attention(x, self.weights, places))
-        return self.o_proj(self._attend(x, places))
+            out = at_once.attention(x, self.weights, places)
+        else:
+            attended = self._attend(x, places)
+            out = x[:0] if attended is None else self.o_proj.partial(attended)
+        return self.o_proj.all_reduce(out) if out.shape[0] else out
 
     @property
     def weights(self) -> AttentionWeights:
@@ -65,8 +68,8 @@ class Attention(nn.Module):
             o=self.o_proj.held,
         )
 
-    def _attend(self, x: torch.Tensor, places: Places) -> torch.Tensor:
-        """[T, hidden] to [T, this rank's heads * head_dim]."""
+    def _attend(self, x: torch.Tensor, places: Places) -> torch.Tensor | None:
+        """[T, hidden] to [R, this rank's heads * head_dim], None where that is none."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # each [T, heads, D]
         if self.q_norm is not None and self.k_norm is not None:
@@ -74,8 +77,9 @@ class Attention(nn.Module):
         q, k = self._kernels.rotate(q, k, places.cos, places.sin)
         k_cache, v_cache = self.kv_cache
         self._kernels.store_kv(k, v, k_cache, v_cache, places.slots)
-        out = self._kernels.paged_attention(q, k_cache, v_cache, places.plan, self._scale)
-        return out.flatten(1)
+        if places.plan is None:
+            return None
+        return self._kernels.paged_attention(places.passed_on(q), k_cache, v_cache, places.plan, self._scale).flatten(1)
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.qkv_proj.load(checkpoint, prefix)

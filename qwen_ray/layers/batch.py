@@ -13,7 +13,8 @@ __all__ = ["ForwardBatch", "LayerWeights", "Places"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """Several sequences' chunks laid end to end: T tokens, S sequences, L rows that leave the model.
+    """Several sequences' chunks laid end to end: T tokens, S sequences, R rows that leave the last layer, of which L
+    leave the model.
 
     Sequence s owns `query_lens[s]` tokens; its context is all its tokens up to and with the chunk. Lengths are ints:
     nobody waits for a device to know them.
@@ -23,8 +24,10 @@ class ForwardBatch:
     positions: torch.Tensor  # [T] int64
     slots: torch.Tensor  # [T] int64: block * block_size + offset, where each token's K and V are written
     block_tables: torch.Tensor  # [S, max blocks] int64, padded with block 0
-    logit_rows: torch.Tensor  # [L] int64: indices into T; of these the model gives logits, or hidden states
+    last_rows: torch.Tensor | None  # [R] int64: indices into T, rising; None: all. Of others only K and V are wanted
+    logit_rows: torch.Tensor  # [L] int64: indices into R; of these the model gives logits, or hidden states
     query_lens: tuple[int, ...]  # S ints, adding up to T
+    last_lens: tuple[int, ...]  # S ints, adding up to R: how many of its last tokens
     context_lens: tuple[int, ...]  # S ints
 
     @property

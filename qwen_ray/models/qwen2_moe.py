@@ -29,7 +29,7 @@ class Qwen2MoeLayer(DecoderLayer):
             self.mlp = Mlp(site, config.hidden_size, config.intermediate_size, site.shard.intermediate)
 
     def forward(self, x: torch.Tensor, places: Places) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), places)
+        """[T, hidden] to [R, hidden], see `Places`."""
+        x = places.passed_on(x) + self.self_attn(self.input_layernorm(x), places)
         y = self.post_attention_layernorm(x)
         return x + (self.mlp(y, places.positions) if isinstance(self.mlp, Moe) else self.mlp(y))

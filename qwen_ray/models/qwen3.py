@@ -25,6 +25,6 @@ class Qwen3Layer(DecoderLayer):
         self.mlp = Mlp(site, config.hidden_size, config.intermediate_size, site.shard.intermediate)
 
     def forward(self, x: torch.Tensor, places: Places) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), places)
+        """[T, hidden] to [R, hidden], see `Places`."""
+        x = places.passed_on(x) + self.self_attn(self.input_layernorm(x), places)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -7,6 +7,7 @@ own page says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol, cast
 
@@ -96,7 +97,7 @@ class Stage(nn.Module):
             x = self.embed_tokens(batch.token_ids)
         else:
             x = self._groups.receive((batch.num_tokens, self.config.hidden_size), self._dtype)
-        x = self._through_layers(x, self._places(batch))
+        x = self._through_layers(x, batch)
         if self.norm is None:
             self._groups.send(x)
             return None
@@ -108,14 +109,16 @@ class Stage(nn.Module):
         assert self.lm_head is not None, "on the last stage"
         return self.lm_head(x)
 
-    def _through_layers(self, x: torch.Tensor, places: Places) -> torch.Tensor:
-        """x may be changed."""
+    def _through_layers(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """[T, hidden] to [R, hidden] on the last stage, [T, hidden] on others. x may be changed."""
+        places = self._places(batch)
+        last = self._last_places(batch, places) if self.shard.is_last else places
         if self._at_once is not None and x.shape[0] and self._at_once.takes(x):
-            self._at_once.layers(x, self._prepared_layers, places)
-            return x
-        for layer in self.layers:
+            self._at_once.layers(x, self._prepared_layers, places, last)
+            return last.passed_on(x)
+        for layer in self.layers[:-1]:
             x = layer(x, places)
-        return x
+        return self.layers[-1](x, last)
 
     @cached_property
     def _prepared_layers(self) -> Any:
@@ -125,11 +128,26 @@ class Stage(nn.Module):
 
     def _places(self, batch: ForwardBatch) -> Places:
         cos, sin = self.rotary(batch.positions)
-        plan = None
-        if batch.num_tokens:
-            block_size = self.attentions[0].kv_cache[0].shape[1]
-            plan = self._plan_attention(batch.block_tables, batch.query_lens, batch.context_lens, block_size)
-        return Places(cos=cos, sin=sin, slots=batch.slots, positions=batch.positions, plan=plan)
+        plan = self._plan(batch, batch.query_lens)
+        return Places(cos=cos, sin=sin, slots=batch.slots, rows=None, positions=batch.positions, plan=plan)
+
+    def _last_places(self, batch: ForwardBatch, places: Places) -> Places:
+        """Of the model's last layer."""
+        rows = batch.last_rows
+        if rows is None:
+            return places
+        return replace(places, rows=rows, positions=batch.positions[rows], plan=self._plan(batch, batch.last_lens))
+
+    def _plan(self, batch: ForwardBatch, query_lens: tuple[int, ...]) -> Any:
+        """For the last `query_lens` tokens of each sequence."""
+        if not any(query_lens):
+            return None
+        tables, context_lens = batch.block_tables, batch.context_lens
+        if not all(query_lens):
+            asking = [s for s, count in enumerate(query_lens) if count]
+            tables = tables[asking]
+            query_lens, context_lens = (tuple(lens[s] for s in asking) for lens in (query_lens, context_lens))
+        return self._plan_attention(tables, query_lens, context_lens, self.attentions[0].kv_cache[0].shape[1])
 
     @torch.inference_mode()
     def load(self, checkpoint: Checkpoint) -> None:

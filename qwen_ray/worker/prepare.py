@@ -47,7 +47,8 @@ def prepare(
 ) -> PreparedBatch:
     """`states[i]` is the sequence of `chunks[i]`, what the step brings already taken in. There may be none."""
     token_ids, positions = array("q"), array("q")
-    logit_rows = array("q")
+    last_rows, logit_rows = array("q"), array("q")
+    last_lens: list[int] = []
     samples: list[SequenceState] = []
     sample_rows: list[int] = []
     prompts: list[PromptRows] = []
@@ -55,9 +56,11 @@ def prepare(
     embedded: list[SequenceState] = []
     scored_rows, embedded_rows = array("q"), array("q")
     for chunk, state in zip(chunks, states, strict=True):
-        first, stop = len(token_ids), chunk.start + chunk.count
+        first, stop = len(last_rows), chunk.start + chunk.count
         token_ids += state.token_ids[chunk.start : stop]
         positions.extend(range(chunk.start, stop))
+        last_lens.append(_num_last(chunk, state))
+        last_rows.extend(range(len(token_ids) - last_lens[-1], len(token_ids)))
         if state.sampling.prompt_logprobs is not None:
             # Token p is predicted at position p - 1; the first has no prediction, the last prompt position is sampled.
             count = min(stop + 1, state.num_prompt_tokens) - (chunk.start + 1)
@@ -69,15 +72,15 @@ def prepare(
         if state.pooling is not None:
             asking, rows = (scored, scored_rows) if state.pooling.token_ids else (embedded, embedded_rows)
             asking.append(state)
-            rows.append(first + chunk.count - 1)
+            rows.append(len(last_rows) - 1)
         else:
             samples.append(state)
             sample_rows.append(len(logit_rows))
-            logit_rows.append(first + chunk.count - 1)
+            logit_rows.append(len(last_rows) - 1)
+    logit_rows += scored_rows + embedded_rows
+    leaving = _Leaving(last_lens=tuple(last_lens), last_rows=last_rows, logit_rows=logit_rows)
     return PreparedBatch(
-        forward=_forward_batch(
-            chunks, states, token_ids, positions, logit_rows + scored_rows + embedded_rows, block_size, device
-        ),
+        forward=_forward_batch(chunks, states, token_ids, positions, leaving, block_size, device),
         samples=tuple(samples),
         sample_rows=tuple(sample_rows),
         prompts=tuple(prompts),
@@ -86,12 +89,28 @@ def prepare(
     )
 
 
+def _num_last(chunk: Chunk, state: SequenceState) -> int:
+    """Of how many of the chunk's last tokens something is wanted behind the last layer."""
+    if state.sampling.prompt_logprobs is not None and chunk.start + 1 < state.num_prompt_tokens:
+        return chunk.count
+    return int(chunk.start + chunk.count == state.num_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Leaving:
+    """See ForwardBatch."""
+
+    last_lens: tuple[int, ...]
+    last_rows: array[int]
+    logit_rows: array[int]
+
+
 def _forward_batch(
     chunks: Sequence[Chunk],
     states: Sequence[SequenceState],
     token_ids: array[int],
     positions: array[int],
-    logit_rows: array[int],
+    leaving: _Leaving,
     block_size: int,
     device: torch.device,
 ) -> ForwardBatch:
@@ -111,8 +130,10 @@ def _forward_batch(
         positions=where.to(device),
         slots=slots.to(device),
         block_tables=block_tables.to(device),
-        logit_rows=to_tensor(logit_rows).to(device),
+        last_rows=None if leaving.last_lens == query_lens else to_tensor(leaving.last_rows).to(device),
+        logit_rows=to_tensor(leaving.logit_rows).to(device),
         query_lens=query_lens,
+        last_lens=leaving.last_lens,
         context_lens=context_lens,
     )
 

@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import MappingProxyType
@@ -125,6 +126,13 @@ Chunks = list[tuple[int, int, int]]  # (sequence, start, count)
 Steps = list[tuple[Chunks, list[int]]]  # and the rows that want logits
 
 
+def last_lens(chunks: Chunks, logit_rows: list[int]) -> list[int]:
+    """Of how many of its last tokens each chunk wants something behind the last layer."""
+    lens = [n for _, _, n in chunks]
+    spans = [range(end - n, end) for n, end in zip(lens, accumulate(lens), strict=True)]
+    return [span.stop - min([row for row in logit_rows if row in span], default=span.stop) for span in spans]
+
+
 def make_batch(sequences: list[list[int]], chunks: Chunks, logit_rows: list[int]) -> ForwardBatch:
     """Sequence s has the blocks s, s + S, s + 2 S, …: scattered."""
     count = len(sequences)
@@ -138,13 +146,17 @@ def make_batch(sequences: list[list[int]], chunks: Chunks, logit_rows: list[int]
     ]
     lens = tuple(n for _, _, n in chunks)
     contexts = tuple(start + n for _, start, n in chunks)
+    ends, last = list(accumulate(lens)), last_lens(chunks, logit_rows)
+    last_rows = [row for end, n in zip(ends, last, strict=True) for row in range(end - n, end)]
     return ForwardBatch(
         token_ids=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
         block_tables=torch.tensor(tables, dtype=torch.int64),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        last_rows=None if len(last_rows) == len(tokens) else torch.tensor(last_rows, dtype=torch.int64),
+        logit_rows=torch.tensor([last_rows.index(row) for row in logit_rows], dtype=torch.int64),
         query_lens=lens,
+        last_lens=tuple(last),
         context_lens=contexts,
     )
 

@@ -196,7 +196,7 @@ async def test_all_sequences_on_one_dp_rank(
 
 
 def check_stats(spec: ReplicaSpec, stats: list[RankStats]) -> None:
-    """Ranks know their places, and every token was computed by TOP_K experts of every sparse layer."""
+    """Ranks know their places, and every token was computed by TOP_K experts of every sparse layer, but the last."""
     for rank in stats:
         shard = spec.plan.shard(spec.config, rank.rank)
         assert (rank.stage, rank.dp_rank, rank.tp_rank) == (shard.stage, shard.dp_rank, shard.tp_rank)
@@ -209,4 +209,6 @@ def check_stats(spec: ReplicaSpec, stats: list[RankStats]) -> None:
             for rank in stats
             if layer in spec.plan.stages[rank.stage] and rank.expert_tp_rank == 0
         ]
-        assert sum(counts) == (num_tokens * TOP_K if spec.config.is_sparse(layer) else 0)
+        expected = num_tokens * TOP_K if spec.config.is_sparse(layer) else 0
+        least = 0 if layer == spec.config.num_hidden_layers - 1 else expected
+        assert least <= sum(counts) <= expected

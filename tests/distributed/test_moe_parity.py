@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import CPU, Life, Ranks, Steps, forward_steps, free_address
+from rank_processes import CPU, Life, Ranks, Steps, forward_steps, free_address, last_lens
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -263,10 +263,13 @@ def forced(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def test_all_tokens_to_one_expert(ranks: Ranks, forced: Reference, tp: int, ep: int, dp_attention: int) -> None:
     plan = ParallelPlan.of(forced.config, tp=tp, ep=ep, dp_attention=dp_attention)
     lives = forced.check(ranks, plan)
-    num_tokens = sum(count for part in PARTS[:dp_attention] for chunks, _ in part for _, _, count in chunks)
+    steps = [step for part in PARTS[:dp_attention] for step in part]
+    num_tokens = sum(count for chunks, _ in steps for _, _, count in chunks)
+    num_last = sum(sum(last_lens(chunks, rows)) for chunks, rows in steps)
     for shard, life in zip(plan.shards(forced.config), lives, strict=True):
         holds = 5 in shard.own_experts(0)
-        assert life.expert_tokens == ((0, 0, 0, 0, 0, num_tokens if holds else 0, 0),) * 3
+        expected = (num_tokens, num_tokens, num_last) if holds else (0, 0, 0)
+        assert life.expert_tokens == tuple((0, 0, 0, 0, 0, count, 0) for count in expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,8 +16,11 @@ constexpr int64_t PART_OF_ROW = 1024;  // of a row's gates, that a thread takes 
 // What follows is as `parts.py` lays it out.
 struct Step {
     Sequences sequences;
-    const void *cos, *sin;  // [rows, dim / 2]
-    const int64_t *slots, *positions;
+    const void *cos, *sin;  // [all rows, dim / 2]
+    const int64_t *slots;
+    const int64_t* rows;  // that are passed on, rising; null: all, or none. Keys and values are stored of all
+    const int64_t* positions;  // of those
+    int64_t num_passed;
     int64_t heads, kv_heads, dim;
     float scale, eps;
 };
@@ -69,14 +72,17 @@ class Attends {
         return num_rows * (3 * step.heads + 2 * step.kv_heads) * step.dim;
     }
 
-    // Of a team. `out` may be x.
+    // Of a team. `out`, of the rows that are passed on, may be x.
     void run(Team& team, const T* x, int64_t x_stride, const AttentionPart& part, T* out) {
+        int64_t cached = 2 * step.kv_heads;
         multiply(team, x, x_stride, part.qkv, projected, num_rows);
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < num_rows * num_heads; ++i) place(part, i / num_heads, i % num_heads);
+        for (int64_t i = 0; i < num_rows * cached; ++i) store(part, i / cached, i % cached);
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < step.num_passed * step.heads; ++i) ask(part, i / step.heads, i % step.heads);
         team.meet();
         over(part.keys, part.values).all(team, work);
-        multiply(team, attended, step.heads * step.dim, part.o, out, num_rows);
+        multiply(team, attended, step.heads * step.dim, part.o, out, step.num_passed);
     }
 
   private:
@@ -85,19 +91,26 @@ class Attends {
                 step.heads,     step.kv_heads, step.dim,              step.scale,     attended};
     }
 
-    // Head h of row t, of first all queries', then all keys', then all values', to where attention finds it.
-    void place(const AttentionPart& part, int64_t t, int64_t h) const {
-        int64_t heads = step.heads, kv_heads = step.kv_heads, dim = step.dim;
-        T *from = projected + (t * num_heads + h) * dim, *keys = (T*)part.keys, *values = (T*)part.values;
-        const T* norm = (const T*)(h < heads ? part.q_norm : part.k_norm);
-        int64_t cached = step.slots[t] * kv_heads * dim;
-        if (h >= heads + kv_heads) {
-            std::memcpy(values + cached + (h - heads - kv_heads) * dim, from, dim * sizeof(T));
-            return;
-        }
-        if (norm) norm_row(from, norm, step.eps, from, dim);
-        T* to = h < heads ? q + (t * heads + h) * dim : keys + cached + (h - heads) * dim;
-        rotate_row(from, (const T*)step.cos + t * (dim / 2), (const T*)step.sin + t * (dim / 2), to, dim);
+    // Head h of row t, of first all keys', then all values', to its place in the cache.
+    void store(const AttentionPart& part, int64_t t, int64_t h) const {
+        int64_t kv_heads = step.kv_heads, dim = step.dim, cached = step.slots[t] * kv_heads * dim;
+        T* from = projected + (t * num_heads + step.heads + h) * dim;
+        if (h < kv_heads)
+            rotate(from, (const T*)part.k_norm, t, (T*)part.keys + cached + h * dim);
+        else
+            std::memcpy((T*)part.values + cached + (h - kv_heads) * dim, from, dim * sizeof(T));
+    }
+
+    // Head h of the query that is number i of those that are passed on.
+    void ask(const AttentionPart& part, int64_t i, int64_t h) const {
+        int64_t t = step.rows ? step.rows[i] : i;
+        rotate(projected + (t * num_heads + h) * step.dim, (const T*)part.q_norm, t, q + (i * step.heads + h) * step.dim);
+    }
+
+    void rotate(T* from, const T* norm, int64_t t, T* to) const {
+        int64_t half = step.dim / 2;
+        if (norm) norm_row(from, norm, step.eps, from, step.dim);
+        rotate_row(from, (const T*)step.cos + t * half, (const T*)step.sin + t * half, to, step.dim);
     }
 
     const Step& step;
@@ -218,11 +231,12 @@ class Moe {
     Space<float> weights;
 };
 
-// x [num_rows, hidden] becomes what it is behind the layers. Beside it there are one more copy, which is what a part is
-// given and then what it adds, and the room of the larger part: what the planner counts.
+// x [num_rows, hidden] becomes what it is behind the layers, in those rows that the last one, of which `last` is,
+// passes on. Beside it there are one more copy, which is what a part is given and then what it adds, and the room of the
+// larger part: what the planner counts.
 template <class T>
-void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x, int64_t num_rows, int64_t hidden,
-                int num_threads) {
+void run_layers(const Layer* layers, int64_t num_layers, const Step& step, const Step& last, T* x, int64_t num_rows,
+                int64_t hidden, int num_threads) {
     int64_t most = Attends<T>::room(step, num_rows), num_bytes = 0;
     const MoePart* sparse = nullptr;
     for (int64_t i = 0; i < num_layers; ++i) {
@@ -233,32 +247,36 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x,
         if (moe) sparse = moe;
     }
     Space<T> room(most), copy(num_rows * hidden);
-    Attends<T> attention(step, num_rows, room.get());
-    std::optional<Moe<T>> moe;
+    Attends<T> attention(step, num_rows, room.get()), last_attention(last, num_rows, room.get());
+    std::optional<Moe<T>> moe, last_moe;
     if (sparse) moe.emplace(*sparse, num_rows, room.get());
+    if (sparse) last_moe.emplace(*sparse, last.num_passed, room.get());
     Team team;
 #pragma omp parallel num_threads(num_threads) if (num_bytes > WORTH_A_TEAM)
     {
         // Takes up what the part before has added, and gives the next one what it wants: `weight` is its norm's.
-        auto go_on = [&](bool adds, const void* weight) {
+        auto go_on = [&](bool adds, const void* weight, const int64_t* rows, int64_t count) {
 #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < num_rows; ++t) {
-                T *row = x + t * hidden, *other = copy.get() + t * hidden;
+            for (int64_t t = 0; t < count; ++t) {
+                T *row = x + (rows ? rows[t] : t) * hidden, *other = copy.get() + t * hidden;
                 if (adds) add_row(row, other, hidden);
                 if (weight) norm_row(row, (const T*)weight, step.eps, other, hidden);
             }
             team.meet();
         };
-        go_on(false, layers->attention_norm);
+        go_on(false, layers->attention_norm, nullptr, num_rows);
         for (int64_t i = 0; i < num_layers; ++i) {
             const Layer& layer = layers[i];
-            attention.run(team, copy.get(), hidden, layer.attention, copy.get());
-            go_on(true, layer.mlp_norm);
+            bool is_last = i + 1 == num_layers;
+            const Step& own = is_last ? last : step;
+            int64_t count = is_last ? last.num_passed : num_rows;
+            (is_last ? last_attention : attention).run(team, copy.get(), hidden, layer.attention, copy.get());
+            go_on(true, layer.mlp_norm, own.rows, count);
             if (layer.moe)
-                moe->run(team, copy.get(), hidden, *layer.moe, step.positions, copy.get());
+                (is_last ? last_moe : moe)->run(team, copy.get(), hidden, *layer.moe, own.positions, copy.get());
             else
-                Gates<T>(layer.mlp.down.size, num_rows, room.get()).run(team, copy.get(), hidden, layer.mlp, copy.get());
-            go_on(true, i + 1 < num_layers ? layers[i + 1].attention_norm : nullptr);
+                Gates<T>(layer.mlp.down.size, count, room.get()).run(team, copy.get(), hidden, layer.mlp, copy.get());
+            go_on(true, is_last ? nullptr : layers[i + 1].attention_norm, own.rows, count);
         }
     }
 }
@@ -291,9 +309,9 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, T* x,
         _Pragma("omp parallel num_threads(num_threads) if (num_bytes > WORTH_A_TEAM)")                                 \
         moe.run(team, x, x_stride, *part, positions, out);                                                             \
     }                                                                                                                  \
-    extern "C" void run_layers_##SUFFIX(const Layer* layers, int64_t num_layers, const Step* step, T* x,               \
-                                        int64_t num_rows, int64_t hidden, int num_threads) {                           \
-        run_layers(layers, num_layers, *step, x, num_rows, hidden, num_threads);                                       \
+    extern "C" void run_layers_##SUFFIX(const Layer* layers, int64_t num_layers, const Step* step, const Step* last,   \
+                                        T* x, int64_t num_rows, int64_t hidden, int num_threads) {                     \
+        run_layers(layers, num_layers, *step, *last, x, num_rows, hidden, num_threads);                                \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

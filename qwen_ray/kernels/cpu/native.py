@@ -64,7 +64,7 @@ class NativeKernels:
         self._greatest = {dtype: library.function(f"greatest_{s}", "pnnppi") for dtype, s in SUFFIXES.items()}
         self._moe = library.function(f"moe_{suffix}", "pnpppni")
         self._route = library.function(f"route_{suffix}", "pnnnippi")
-        self._run_layers = library.function(f"run_layers_{suffix}", "pnppnni")
+        self._run_layers = library.function(f"run_layers_{suffix}", "pnpppnni")
 
     def _room(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype)  # twice as fast as x.new_empty, and called a hundred times a step
@@ -113,7 +113,7 @@ class NativeKernels:
         """As `LayerKernels.attention`."""
         x, part, step = rows_together(x), AttentionPart.of(weights, self._dtype), Step.of(weights, places)
         assert x.shape[1] == part.qkv.size, f"rows of {x.shape[1]} by rows of {part.qkv.size}"
-        out = self._room(x.shape[0], part.o.out_size)
+        out = self._room(step.num_passed, part.o.out_size)
         given = x.data_ptr(), x.stride(0), byref(part), byref(step)
         self._attend_whole(*given, out.data_ptr(), x.shape[0], torch.get_num_threads())
         return out
@@ -123,11 +123,11 @@ class NativeKernels:
         array = (Layer * len(layers))(*(Layer.of(layer, self._dtype) for layer in layers))
         return Layers(array=array, weights=tuple(layers))
 
-    def layers(self, x: torch.Tensor, prepared: Layers, places: Places) -> None:
+    def layers(self, x: torch.Tensor, prepared: Layers, places: Places, last: Places) -> None:
         """As `LayerKernels.layers`."""
         assert x.is_contiguous(), "changed in place"
-        step = Step.of(prepared.weights[0].attention, places)
-        given = prepared.array, len(prepared.array), byref(step), x.data_ptr()
+        steps = [Step.of(prepared.weights[0].attention, own) for own in (places, last)]
+        given = prepared.array, len(prepared.array), *map(byref, steps), x.data_ptr()
         self._run_layers(*given, *x.shape, torch.get_num_threads())
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

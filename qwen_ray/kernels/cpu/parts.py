@@ -87,7 +87,9 @@ class Step(ctypes.Structure):
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
+        ("num_passed", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("dim", ctypes.c_int64),
@@ -100,9 +102,12 @@ class Step(ctypes.Structure):
         kv_heads, dim = weights.kv_cache[0].shape[2:]
         tables = places.cos, places.sin, places.slots, places.positions
         assert all(table.is_contiguous() for table in tables), "their rows follow each other"
-        pointers = (table.data_ptr() for table in tables)
+        *pointers, positions = (table.data_ptr() for table in tables)
+        rows = None if places.rows is None else places.rows.data_ptr()
+        passed_on = rows, positions, len(places.positions)
+        sequences = Sequences() if places.plan is None else places.plan.sequences
         heads = (weights.o.shape[1] if isinstance(weights.o, torch.Tensor) else weights.o.size) // dim
-        return cls(places.plan.sequences, *pointers, heads, kv_heads, dim, weights.scale, weights.eps)
+        return cls(sequences, *pointers, *passed_on, heads, kv_heads, dim, weights.scale, weights.eps)
 
 
 class AttentionPart(ctypes.Structure):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import pytest
 import torch
@@ -182,7 +183,17 @@ class Tokens:
         slots = [table[own // 16] * 16 + own % 16 for table, own in zip(self.tables, at, strict=True)]
         cos, sin = (random(self.num_rows, self.dim // 2, dtype=self.dtype) * scale for scale in (1.0, 0.5))
         plan = kernels.plan_attention(self.tables, tuple(self.counts), self.lengths, 16)
-        return Places(cos=cos, sin=sin, slots=torch.cat(slots), positions=torch.cat(at), plan=plan)
+        return Places(cos=cos, sin=sin, slots=torch.cat(slots), rows=None, positions=torch.cat(at), plan=plan)
+
+    def last_places(self, kernels: Kernels, places: Places, most: int) -> Places:
+        """Of the last `most` tokens of each sequence; every third sequence has none."""
+        lens = [0 if s % 3 == 2 else min(most, count) for s, count in enumerate(self.counts)]
+        asking = [s for s, length in enumerate(lens) if length]
+        ends = accumulate(self.counts)
+        rows = torch.tensor([row for end, n in zip(ends, lens, strict=True) for row in range(end - n, end)]).long()
+        chosen = [[values[s] for s in asking] for values in (lens, self.lengths)]
+        plan = kernels.plan_attention(self.tables[asking], tuple(chosen[0]), tuple(chosen[1]), 16) if asking else None
+        return replace(places, rows=rows, positions=places.positions[rows], plan=plan)
 
 
 def attention_weights(
@@ -214,8 +225,18 @@ def attend(kernels: Kernels, x: torch.Tensor, weights: AttentionWeights, places:
     return multiply(kernels, attended.flatten(1), weights.o)
 
 
+def forget(weights: AttentionWeights, places: Places) -> None:
+    """What is cached of a step's tokens."""
+    for cached in weights.kv_cache:
+        cached.flatten(0, 1)[places.slots] = 0
+
+
 batches = given(
-    counts=counts, context=st.integers(0, 700), heads=st.sampled_from([(6, 2), (7, 1), (1, 1)]), is_normed=st.booleans()
+    counts=counts,
+    context=st.integers(0, 700),
+    heads=st.sampled_from([(6, 2), (7, 1), (1, 1)]),
+    is_normed=st.booleans(),
+    most=st.integers(0, 9),
 )
 
 
@@ -230,6 +251,7 @@ def test_attention(
     context: int,
     heads: tuple[int, int],
     is_normed: bool,
+    most: int,
 ) -> None:
     kernels = Kernels.on_cpu(library, dtype)
     tokens = Tokens(counts, context, heads[1], 2 * (8 + heads[0]), dtype)
@@ -240,12 +262,23 @@ def test_attention(
     expected = attend(kernels, x, other, places)
     assert torch.equal(layer_kernels(kernels).attention(x, weights, places), expected)
     assert all(map(torch.equal, weights.kv_cache, other.kv_cache))
+    forget(weights, places)
+    last = tokens.last_places(kernels, places, most)
+    assert torch.equal(layer_kernels(kernels).attention(x, weights, last), last.passed_on(expected))
+    assert all(map(torch.equal, weights.kv_cache, other.kv_cache))
 
 
 def some_layers(
-    tokens: Tokens, heads: int, bits: int | None, *, is_normed: bool = False, is_shared: bool = False, inner: int = 1100
+    tokens: Tokens,
+    heads: int,
+    bits: int | None,
+    *,
+    sparse: int = 1,
+    is_normed: bool = False,
+    is_shared: bool = False,
+    inner: int = 1100,
 ) -> list[LayerWeights]:
-    """Three, of 72 wide; the second one sparse."""
+    """Three, of 72 wide; one of them sparse."""
     dtype = tokens.dtype
     return [
         LayerWeights(
@@ -253,7 +286,7 @@ def some_layers(
             attention=attention_weights(tokens.cache(i), heads, 72, bits, is_normed=is_normed),
             mlp_norm=random(72, dtype=dtype) - i,
             mlp=moe_weights(72, inner, dtype, bits, is_shared=is_shared)
-            if i == 1
+            if i == sparse
             else MlpWeights(gate_up=matrix(2 * inner, 72, dtype, bits), down=matrix(72, inner, dtype, bits)),
         )
         for i in range(3)
@@ -271,10 +304,11 @@ def test_layers(
     context: int,
     heads: tuple[int, int],
     is_normed: bool,
+    most: int,
 ) -> None:
     kernels = Kernels.on_cpu(library, dtype)
     tokens = Tokens(counts, context, heads[1], 2 * (8 + heads[0]), dtype)
-    layers = some_layers(tokens, heads[0], bits, is_normed=is_normed)
+    layers = some_layers(tokens, heads[0], bits, sparse=most % 3, is_normed=is_normed)
     places = tokens.places(kernels)
     x = expected = random(tokens.num_rows, 72, dtype=dtype)
     caches = [(layer.attention.kv_cache[0].clone(), layer.attention.kv_cache[1].clone()) for layer in layers]
@@ -287,10 +321,15 @@ def test_layers(
         else:
             expected = expected + gated(kernels, normed, layer.mlp)
     at_once = layer_kernels(kernels)
-    at_once.layers(x, at_once.prepare_layers(layers), places)
-    assert torch.equal(x, expected)
-    for layer, cache in zip(layers, caches, strict=True):
-        assert all(map(torch.equal, layer.attention.kv_cache, cache))
+    prepared = at_once.prepare_layers(layers)
+    for last in (places, tokens.last_places(kernels, places, most)):
+        found = x.clone()
+        for layer in layers:
+            forget(layer.attention, places)
+        at_once.layers(found, prepared, places, last)
+        assert torch.equal(last.passed_on(found), last.passed_on(expected))
+        for layer, cache in zip(layers, caches, strict=True):
+            assert all(map(torch.equal, layer.attention.kv_cache, cache))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -304,7 +343,8 @@ def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype, bits: int
         at_once = layer_kernels(kernels)
         x = random(tokens.num_rows, 72, dtype=dtype)
         layers = at_once.prepare_layers(some_layers(tokens, 4, bits, is_shared=True, inner=150))
-        at_once.layers(x, layers, tokens.places(kernels))
+        places = tokens.places(kernels)
+        at_once.layers(x, layers, places, places)
         found.append(x)
     assert all(torch.equal(x, found[0]) for x in found)
 

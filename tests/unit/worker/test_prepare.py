@@ -56,7 +56,8 @@ def test_a_prefill_chunk_beside_a_decode() -> None:
     assert forward.block_tables.tolist() == [[0, 9], [5, 2]]
     assert (forward.query_lens, forward.context_lens) == ((5, 1), (5, 7))
     # The chunk of 8 ends inside of its prompt: only 7 is sampled from.
-    assert forward.logit_rows.tolist() == [5]
+    assert forward.last_rows is not None
+    assert (forward.last_rows.tolist(), forward.last_lens, forward.logit_rows.tolist()) == ([5], (0, 1), [0])
     assert [state.sequence_id for state in prepared.samples] == [7]
 
 
@@ -90,9 +91,11 @@ def test_prompt_logprobs_cover_every_prompt_token_but_the_first_once() -> None:
     for step in seen:
         rows = step.forward.logit_rows.tolist()
         for prompt in step.prompts:
+            assert step.forward.last_rows is None
             positions = step.forward.positions[rows[prompt.row : prompt.row + prompt.count]].tolist()
             assert positions == [prompt.start - 1 + i for i in range(prompt.count)]
     assert [step.sample_rows for step in seen] == [(), (), (0,)]
+    assert [step.forward.last_lens for step in seen] == [(3,), (4,), (1,)]
 
 
 def test_dropped_sequences_are_forgotten_before_new_ones_come() -> None:
@@ -121,6 +124,9 @@ def test_slots_and_rows_against_token_by_token(plans: list[tuple[int, int]], ord
         news.append(new(sequence_id, tuple(range(1000 * sequence_id, 1000 * sequence_id + start + count))))
         chunks.append(Chunk(sequence_id=sequence_id, start=start, count=count, new_blocks=blocks))
     prepared = run(SequenceTable(), StepBatch(step_id=0, new=tuple(news), chunks=tuple(chunks)))
+    last_rows = prepared.forward.last_rows
+    last_rows = range(prepared.forward.num_tokens) if last_rows is None else last_rows.tolist()
+    assert len(last_rows) == sum(prepared.forward.last_lens) == len(chunks)
     token = 0
     for row, chunk in enumerate(chunks):
         for position in range(chunk.start, chunk.start + chunk.count):
@@ -129,6 +135,6 @@ def test_slots_and_rows_against_token_by_token(plans: list[tuple[int, int]], ord
             assert prepared.forward.positions[token] == position
             assert prepared.forward.slots[token] == block * BLOCK_SIZE + position % BLOCK_SIZE
             token += 1
-        assert prepared.forward.logit_rows[row] == token - 1
+        assert last_rows[prepared.forward.logit_rows[row]] == token - 1
         assert prepared.forward.block_tables[row, : len(chunk.new_blocks)].tolist() == list(chunk.new_blocks)
     assert prepared.forward.num_tokens == token
