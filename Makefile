@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH := $(if $(filter 0,$(HAS_GPU)),torch==2.13.0,torch)
 TORCH_INDEX ?=
+# Comes with a torch for GPUs; without one, tests interpret and compile its kernels.
+TRITON := $(if $(filter 0,$(HAS_GPU)),triton==3.6.0)
 
 MODEL ?= demo
 ARGS ?=
@@ -22,8 +24,8 @@ MISSING := $(foreach tool,$(TOOLS),$(if $(shell command -v $(tool)),,$(tool)))
 NO_TOOLS_TIER := $(if $(strip $(MISSING)),--ignore=tests/deploy/test_observability.py --ignore=tests/deploy/test_prometheus_rules.py)
 NO_GPU_TIER := $(if $(filter 0,$(HAS_GPU)),--ignore=tests/gpu)
 
-.PHONY: install dev serve test test-clients test-deploy lint check chaos render dashboards bench bench-moe bench-peers
-.PHONY: clean help
+.PHONY: install dev serve test test-clients test-deploy lint check chaos render dashboards bench bench-gpu bench-moe
+.PHONY: bench-peers clean help
 
 help:
 	@echo "make serve [MODEL=demo ARGS='--tp 2']   install if needed, then serve on port 8000"
@@ -36,6 +38,7 @@ help:
 	@echo "make chaos                              kill, stop and slow down processes under load: the long form"
 	@echo "make dashboards                         Grafana's JSON from observability/panels, and a picture of each"
 	@echo "make bench [ARGS='--concurrency 8']     load the server that is running"
+	@echo "make bench-gpu                          Qwen's models on one GPU, beside its bandwidth and matrix rate (8 minutes)"
 	@echo "make bench-moe                          decode a mixture of experts on this CPU, beside its memory's bandwidth"
 	@echo "make bench-peers [ARGS='--dry-run']     beside llama.cpp, vLLM, OpenVINO and transformers on this CPU; resumable"
 	@echo "make clean                              remove .venv and what tools left behind"
@@ -60,7 +63,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what tests and checks need"
-	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@$(PIP) install -qq -c constraints.txt -e '.[dev]' $(TRITON)
 	@touch $@
 
 serve: install
@@ -99,6 +102,9 @@ dashboards: dev
 
 bench: install
 	@$(BIN)/qwen-ray bench $(ARGS)
+
+bench-gpu: install
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-moe: install
 	@$(BIN)/python benchmarks/moe.py $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `upcycled` and `packed_forms`
+sys.path.insert(0, str(Path(__file__).parent))  # for modules that tests share
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton asks when kernels are defined; without a GPU they are interpreted
 
 
 @pytest.fixture(scope="session")
