@@ -124,8 +124,8 @@ class ModelSettings(Section):
     )
     quantization: Literal["auto"] | Quantization = Field(
         default="auto",
-        description="of weights: int8 (each row) or int4 (each 32 of a row), rounded as they are read, CPU only; none; "
-        "auto: 4 bits that the checkpoint has stay so where they can be computed with",
+        description="of weights: int8 (each row) or int4 (each 32 of a row), rounded as they are read; none; auto: 4 "
+        "bits that the checkpoint has stay so where they can be computed with",
     )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     plan: Literal["auto"] | PlanSettings = "auto"

@@ -35,14 +35,14 @@ def plan_request(
             "models.0.dtype: fp8 can be planned with, not served; serve with bfloat16.", field="models.0.dtype"
         )
     _refuse_experts_of_none(model, config)
-    quantization = _quantization(model, config, hardware)
+    quantization = _quantization(model, config)
     degrees = model.plan if isinstance(model.plan, PlanSettings) else PlanSettings()
     engine = settings.engine
     return PlanRequest(
         config=config,
         hardware=hardware,
         model=model.name,
-        dtype=_dtype(model, config, quantization),
+        dtype=_dtype(model, config, hardware, quantization),
         quantization=quantization,
         tp=degrees.tp,
         pp=degrees.pp,
@@ -76,27 +76,26 @@ def _refuse_experts_of_none(model: ModelSettings, config: ModelConfig) -> None:
             raise SettingsError(f"{field}: {model.name} has no experts (got {value!s}).", field=field)
 
 
-def _quantization(model: ModelSettings, config: ModelConfig, hardware: Hardware) -> Quantization:
+def _quantization(model: ModelSettings, config: ModelConfig) -> Quantization:
     """What was asked for; `auto` is int4 for a checkpoint whose 4 bits can stay as they are. Raises SettingsError where
-    there are no kernels for weights in 8 or 4 bits."""
-    reason = None
-    if any(node.device.kind == "cuda" for node in hardware.nodes):
-        reason = "is for CPUs, and there are GPUs, which would be used; leave it out"
-    elif model.dtype == "fp8":
-        reason = "and dtype fp8 exclude each other; compute in bfloat16"
+    weights cannot be both in few bits and in FP8."""
     if model.quantization == "auto":
-        return "int4" if reason is None and config.packed is not None and config.packed.is_kept else "none"
-    if model.quantization != "none" and reason is not None:
+        is_kept = config.packed is not None and config.packed.is_kept
+        return "int4" if is_kept and model.dtype != "fp8" else "none"
+    if model.quantization != "none" and model.dtype == "fp8":
         field = "models.0.quantization"
-        raise SettingsError(f"{field}: {model.quantization} {reason}.", field=field)
+        raise SettingsError(
+            f"{field}: {model.quantization} and dtype fp8 exclude each other; compute in bfloat16.", field=field
+        )
     return model.quantization
 
 
-def _dtype(model: ModelSettings, config: ModelConfig, quantization: Quantization) -> str | None:
-    """None: the checkpoint's own. Kernels for few bits compute in float32 or bfloat16."""
-    if model.dtype == "auto":
-        return "bfloat16" if quantization != "none" and config.dtype == "float16" else None
-    return model.dtype
+def _dtype(model: ModelSettings, config: ModelConfig, hardware: Hardware, quantization: Quantization) -> str | None:
+    """None: the checkpoint's own. On CPUs, kernels for few bits compute in float32 or bfloat16."""
+    if model.dtype != "auto":
+        return model.dtype
+    is_cpu = all(node.device.kind == "cpu" for node in hardware.nodes)
+    return "bfloat16" if is_cpu and quantization != "none" and config.dtype == "float16" else None
 
 
 def _read_expert_load(file: Path, config: ModelConfig) -> tuple[tuple[float, ...], ...]:

@@ -1,11 +1,12 @@
 """Weights in 8 or 4 bits: how a matrix is rounded and packed, and what it then stands for.
 
 Only weights are kept so. Kernels may round activations on their way through a product: each 64 of a row by themselves,
-to 8 bits, or to 16 those that stand out. Knows no layers and no checkpoints.
+to 8 bits, or to 16 those that stand out. All runs where the packed tensors are. Knows no layers and no checkpoints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ GROUPS = (32, 64, 128)  # weights that share a scale, in 4 bits
 GROUP = 32  # unless asked for: 5 bits a weight in all
 STEPS = {8: 64, 4: 128}  # a packed row holds a multiple of so many weights
 LANES = 16  # rows that lie side by side
-ROWS_AT_ONCE = 4096  # of a matrix that are rounded, or widened again: what lies beside it stays small
+ROWS_AT_ONCE = 4096  # of a matrix that are widened: what lies beside it stays small
+WEIGHTS_AT_ONCE = 2**22  # of a matrix that are rounded, or nearly so many: up to 20 bytes each lie beside it meanwhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,21 +85,29 @@ class FourBits:
     least: torch.Tensor  # as the scales
 
 
-def make_room(bits: int, out_size: int, size: int, group: int = GROUP) -> PackedWeight:
-    """For a matrix that `store` will fill. Raises ValueError for a group of 4-bit weights that is not one of GROUPS."""
-    return make_stack(1, bits, out_size, size, group)[0]
+def make_room(
+    bits: int, out_size: int, size: int, group: int = GROUP, device: torch.device | None = None
+) -> PackedWeight:
+    """For a matrix that `store` will fill, on the CPU or on `device`.
+
+    Raises ValueError for a group of 4-bit weights that is not one of GROUPS.
+    """
+    return make_stack(1, bits, out_size, size, group, device)[0]
 
 
-def make_stack(count: int, bits: int, out_size: int, size: int, group: int = GROUP) -> PackedStack:
+def make_stack(
+    count: int, bits: int, out_size: int, size: int, group: int = GROUP, device: torch.device | None = None
+) -> PackedStack:
     """The same, `count` times."""
     if bits == 4 and group not in GROUPS:
         raise ValueError(f"group is {group}; it must be one of {', '.join(map(str, GROUPS))}.")
     held, blocks = size + -size % STEPS[bits], -(-out_size // LANES)
-    tensors = [torch.empty(count, blocks, held * bits // 32, LANES, 4, dtype=torch.uint8)]
+    tensors = [torch.empty(count, blocks, held * bits // 32, LANES, 4, dtype=torch.uint8, device=device)]
     if bits == 8:
-        tensors.append(torch.empty(count, blocks, LANES))
+        tensors.append(torch.empty(count, blocks, LANES, device=device))
     else:
-        tensors += (torch.empty(count, blocks, held // group, LANES, dtype=torch.float16) for _ in range(2))
+        shape = (count, blocks, held // group, LANES)
+        tensors += (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
     for tensor in tensors:
         tensor[:, -1:].zero_()  # lanes that are no rows
 
@@ -112,24 +122,35 @@ def store(packed: PackedWeight, start: int, weight: torch.Tensor) -> None:
     """Round `weight` [n, in] of any floating dtype to the rows of `packed` from `start` on; each by itself.
 
     8 bits: each row to its own scale, no weight moves by more than half a scale. 4 bits: each group's least weight
-    becomes 0 and its largest 15, or all but (scales are rounded themselves).
+    becomes 0 and its largest 15, or all but (scales are rounded themselves). It is rounded where `packed` is; devices
+    divide differently, so that scales of one may differ from another's in their last bit.
     """
     if packed.size == 0:  # more ranks than columns to cut
         for tensor in packed.tensors:
             tensor.zero_()
         return
     round_rows = _round_to_8 if packed.bits == 8 else _round_to_4
-    for first in range(0, weight.shape[0], ROWS_AT_ONCE):
-        part = weight[first : first + ROWS_AT_ONCE].float()
-        round_rows(F.pad(part, (0, -part.shape[1] % STEPS[packed.bits])), packed, start + first)
+    for rows in _in_pieces(packed, weight.shape[0]):
+        part = weight[rows].to(packed.values.device).float()
+        round_rows(F.pad(part, (0, -part.shape[1] % STEPS[packed.bits])), packed, start + rows.start)
 
 
 def store_as_they_are(packed: PackedWeight, start: int, part: FourBits) -> None:
     """`part` [n, in] becomes the rows of `packed`, 4 bits by GROUP, from `start` on: nothing is rounded."""
     num_columns, num_groups = packed.values.shape[1] * 8, packed.scales.shape[1]
-    values = F.pad(part.values, (0, num_columns - part.values.shape[1]))
-    scales, least = (F.pad(given, (0, num_groups - given.shape[1])) for given in (part.scales, part.least))
-    _place(packed, start, _in_halves(values), scales, least)
+    for rows in _in_pieces(packed, part.values.shape[0]):
+        values, scales, least = (
+            F.pad(given[rows].to(packed.values.device), (0, num_held - given.shape[1]))
+            for given, num_held in ((part.values, num_columns), (part.scales, num_groups), (part.least, num_groups))
+        )
+        _place(packed, start + rows.start, _in_halves(values), scales, least)
+
+
+def _in_pieces(packed: PackedWeight, num_rows: int) -> Iterator[slice]:
+    """Rows of about WEIGHTS_AT_ONCE weights each."""
+    size = max(1, WEIGHTS_AT_ONCE * packed.bits // 8 // max(1, packed.row_bytes) // LANES) * LANES
+    for first in range(0, num_rows, size):
+        yield slice(first, min(first + size, num_rows))
 
 
 def _round_to_8(weight: torch.Tensor, to: PackedWeight, start: int) -> None:
@@ -166,22 +187,22 @@ def _place(
         for tensor, part in placed:
             tensor[blocks].copy_(part.unflatten(0, (-1, LANES)).movedim(1, -1))
         return
-    rows = torch.arange(start, start + num_rows)
+    rows = torch.arange(start, start + num_rows, device=to.values.device)
     for tensor, part in placed:
         tensor[rows // LANES, ..., rows % LANES] = part
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int = GROUP) -> PackedWeight:
-    """[out, in] of any floating dtype; see `store`."""
+    """[out, in] of any floating dtype, on its device; see `store`."""
     out_size, size = weight.shape
-    packed = make_room(bits, out_size, size, group)
+    packed = make_room(bits, out_size, size, group, weight.device)
     store(packed, 0, weight)
     return packed
 
 
 def dequantize(packed: PackedWeight, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """[out, in] float32; or [T, in], of `rows` [T]."""
-    rows = torch.arange(packed.out_size) if rows is None else rows
+    """[out, in] float32; or [T, in], of `rows` [T] on the same device."""
+    rows = torch.arange(packed.out_size, device=packed.values.device) if rows is None else rows
     block, lane = rows // LANES, rows % LANES
     values, scales = packed.values[block, :, lane], packed.scales[block, ..., lane].float()[..., None]
     if packed.least is None:
@@ -196,6 +217,6 @@ def linear_packed(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
     out = x.new_empty(x.shape[0], weight.out_size)
     for start in range(0, weight.out_size, ROWS_AT_ONCE):
         own = slice(start, min(start + ROWS_AT_ONCE, weight.out_size))
-        wide = dequantize(weight, torch.arange(own.start, own.stop)).to(x.dtype)
+        wide = dequantize(weight, torch.arange(own.start, own.stop, device=x.device)).to(x.dtype)
         out[:, own] = F.linear(x, wide, None if bias is None else bias[own])
     return out

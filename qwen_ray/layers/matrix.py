@@ -36,7 +36,7 @@ class Matrix(nn.Module):
         self._linear = site.kernels.linear
         self._linear_packed = site.kernels.linear_packed
         self._dtype = site.dtype
-        self.packed = None if bits is None else quantized.make_room(bits, out_size, in_size)
+        self.packed = None if bits is None else quantized.make_room(bits, out_size, in_size, device=site.device)
         self.weight = weight(site, out_size, in_size) if bits is None else None
         tensors = () if self.packed is None else self.packed.tensors
         self.parts = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
@@ -70,7 +70,7 @@ class MatrixStack(nn.Module):
 
     def __init__(self, site: Site, count: int, out_size: int, in_size: int, bits: int | None) -> None:
         super().__init__()
-        self.packed = None if bits is None else quantized.make_stack(count, bits, out_size, in_size)
+        self.packed = None if bits is None else quantized.make_stack(count, bits, out_size, in_size, device=site.device)
         self.weight = weight(site, count, out_size, in_size) if bits is None else None
         tensors = () if self.packed is None else self.packed.tensors
         self.parts = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)

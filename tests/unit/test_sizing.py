@@ -57,18 +57,19 @@ def test_quantization_reaches_the_ranks() -> None:
     assert plain.replica_spec(name="m", path="/m").fingerprint != spec.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("model", "hardware", "flags", "reason"),
-    [
-        ("Qwen/Qwen3-8B", "1xH100-80G", {}, "is for CPUs, and there are GPUs"),
-        ("Qwen/Qwen3-8B", "1xcpu-64G", {"dtype": "fp8"}, "and dtype fp8 exclude each other"),
-    ],
-)
-def test_quantization_that_nothing_computes_is_refused(
-    model: str, hardware: str, flags: dict[str, object], reason: str
-) -> None:
-    with pytest.raises(SettingsError, match=rf"models\.0\.quantization: int4 {reason}"):
-        asked(model, {"quantization": "int4", **flags}, only_plan=True, hardware=hardware)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_gpus_hold_weights_in_few_bits(quantization: str) -> None:
+    """32 GB of weights on a GPU of 24."""
+    request = asked("Qwen/Qwen3-14B", {"quantization": quantization, "max-model-len": 4096}, hardware="1xRTX4090-24G")
+    assert request.weight_dtype == f"{quantization}+bfloat16"
+    spec = plan(request).require().replica_spec(name="m", path="/m")
+    assert (spec.device, spec.quantization, spec.dtype) == ("cuda", quantization, "bfloat16")
+
+
+@pytest.mark.parametrize("hardware", ["1xH100-80G", "1xcpu-64G"])
+def test_quantization_that_nothing_computes_is_refused(hardware: str) -> None:
+    with pytest.raises(SettingsError, match=r"models\.0\.quantization: int4 and dtype fp8 exclude each other"):
+        asked("Qwen/Qwen3-8B", {"quantization": "int4", "dtype": "fp8"}, only_plan=True, hardware=hardware)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,8 @@ def test_quantization_that_nothing_computes_is_refused(
         (PackedFormat(method="gptq", bits=4, group=16), "1xcpu-64G", ("none", None)),
         (PackedFormat(method="gptq", bits=4, group=128, in_order=False), "1xcpu-64G", ("none", None)),
         (PackedFormat(method="gptq", bits=8, group=128), "1xcpu-64G", ("none", None)),
-        (PackedFormat(method="awq", bits=4, group=128), "1xH100-80G", ("none", None)),
+        (PackedFormat(method="awq", bits=4, group=128), "1xH100-80G", ("int4", None)),
+        (PackedFormat(method="gptq", bits=4, group=128, in_order=False), "1xH100-80G", ("none", None)),
         (None, "1xcpu-64G", ("none", None)),
     ],
 )

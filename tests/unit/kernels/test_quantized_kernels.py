@@ -7,8 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_ray.kernels import quantized
 from qwen_ray.kernels.cpu.library import VARIANTS, Library, open_library, processor_flags
-from qwen_ray.kernels.quantized import GROUPS, PackedWeight, dequantize, make_room, make_stack, quantize, store
+from qwen_ray.kernels.quantized import (
+    GROUPS,
+    FourBits,
+    PackedWeight,
+    dequantize,
+    make_room,
+    make_stack,
+    quantize,
+    store,
+)
 from qwen_ray.kernels.registry import REFERENCE, Kernels
 
 LIBRARIES = [library for v in VARIANTS if v.needs <= processor_flags() and (library := open_library(v))]
@@ -76,6 +86,27 @@ def test_bytes_are_few() -> None:
     weight = matrix(64, 1024)
     assert quantize(weight, 8).num_bytes == 64 * 1024 + 64 * 4
     assert quantize(weight, 4, 64).num_bytes == 64 * 512 + 64 * 16 * 4
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_do_not_show(kind: int, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix(50, 130)
+    part = FourBits(
+        values=torch.randint(0, 16, (50, 130), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        scales=matrix(50, 5).half(),
+        least=matrix(50, 5).neg().half(),
+    )
+    found: list[torch.Tensor] = []
+    for at_once in (quantized.WEIGHTS_AT_ONCE, 1):
+        monkeypatch.setattr(quantized, "WEIGHTS_AT_ONCE", at_once)
+        rooms = [make_room(4, 60, 130, kind) if kind else make_room(8, 60, 130), make_room(4, 60, 130)]
+        store(rooms[0], start, weight)
+        quantized.store_as_they_are(rooms[1], start, part)
+        found.append(torch.stack([dequantize(room)[start : start + 50] for room in rooms]))
+    assert torch.equal(found[0], found[1])
+    values = part.values.float() * part.scales.float().repeat_interleave(32, 1)[:, :130]
+    assert torch.equal(found[1][1], values + part.least.float().repeat_interleave(32, 1)[:, :130])
 
 
 def test_other_groups_are_refused() -> None:
