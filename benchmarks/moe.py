@@ -27,7 +27,7 @@ from in_process import PROMPT_TOKENS, Bench, is_decode, step_seconds
 from rich.console import Console
 from rich.table import Table
 from shapes import MOE
-from step_profile import PartTime, StepProfile, lost, parts_table
+from step_profile import PartTime, StepProfile, kernel_by_kernel, lost, parts_table
 
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
 from qwen_ray.core.stats import StepStats
@@ -169,7 +169,10 @@ def observe(bench: Bench, workload: Workload) -> Measured:
                 profile.stop()
         before = now
 
-    bench.run(*workload.size, on_step)
+    model = bench.rank.worker._model
+    assert model is not None, "loaded"
+    with kernel_by_kernel(model):
+        bench.run(*workload.size, on_step)
     config, moe = bench.spec.config, bench.spec.config.moe
     assert moe is not None
     num_layers = sum(map(config.is_sparse, range(config.num_hidden_layers)))
@@ -321,7 +324,7 @@ def main() -> None:
     console = Console()
     console.print(results_table(bench, measured))
     for m in measured:
-        title = f"batch {m.workload.num_sequences}: one decode step under the profiler"
+        title = f"batch {m.workload.num_sequences}: one decode step, kernel by kernel, under the profiler"
         console.print(parts_table(title, m.profile, m.part_bytes, m.least_seconds))
     for m in measured:
         console.print(sentence(m))

@@ -1,16 +1,18 @@
 """Where the time of a decode step goes: by part of the model, and in each by matrix products, other operations, Python.
 
-Knows torch's profiler and which layer class is which part. Parts are marked by hooks on modules; the model is as it is
-served. What the profiler itself costs is in its figures: compare its step with one that was not profiled.
+Knows torch's profiler and which layer class is which part. Parts are marked by hooks on modules, so layers must not be
+computed in one call: `kernel_by_kernel` takes them apart. What that and the profiler cost is in the figures: compare
+the step with one as it is served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from in_process import STEP
 from rich.table import Table
 from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
@@ -25,7 +27,6 @@ from qwen_ray.layers.moe import Moe
 from qwen_ray.layers.norm import RMSNorm
 from qwen_ray.models.stage import Stage
 
-STEP = "sampling"  # and all else of a step that is not in the model
 PARTS: dict[type[nn.Module], str] = {
     Experts: "experts",
     Head: "LM head",
@@ -53,8 +54,24 @@ class PartTime:
         return self.products + self.other_operations + self.python
 
 
+@contextmanager
+def kernel_by_kernel(model: Stage) -> Iterator[None]:
+    """Whatever the model computes in one call is computed in many meanwhile: the same bits, and parts can be seen."""
+    kept: list[tuple[Any, dict[str, Any]]] = [(module, dict(vars(module))) for module in model.modules()]
+    for module, own in kept:
+        if "_at_once" in own:
+            module._at_once = None
+        if isinstance(module, Attention):
+            module._kernels = replace(own["_kernels"], of_layers=None)
+    try:
+        yield
+    finally:
+        for module, own in kept:
+            vars(module).update(own)
+
+
 class StepProfile:
-    """Runs between `start` and `stop`, on the thread that computes; every step stands in `marked_step()`."""
+    """Runs between `start` and `stop`, on the thread that computes; every step stands in `in_process.marked_step()`."""
 
     def __init__(self) -> None:
         self._profiler = profile(activities=[ProfilerActivity.CPU])
@@ -89,12 +106,6 @@ class StepProfile:
             part.other_operations /= len(steps)
             part.python /= len(steps)
         return dict(sorted(found.items(), key=lambda item: -item[1].total))
-
-
-@contextmanager
-def marked_step() -> Iterator[None]:
-    with record_function(STEP):
-        yield
 
 
 def _add_up(event: FunctionEvent, part: PartTime, found: dict[str, PartTime]) -> None:
