@@ -23,6 +23,7 @@ from qwen_ray.core.model_config import ModelConfig, Quantization
 
 # Intermediate sizes are cut in multiples of this where they allow it: quantized formats pack 32 values to a block.
 INTERMEDIATE_UNIT = 32
+MOST_GRAPH_ROWS = 256  # sequences of a step that is run as one CUDA graph
 
 
 # Of a process that computes on a CPU. Threads that meet at an OpenMP barrier spin; by default for so long that, where

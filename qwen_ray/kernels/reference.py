@@ -89,13 +89,13 @@ def run_experts(
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, as far as they are here; Shazeer et al. 2017.
 
-    x [N, hidden]; slots [N, k], different ones for a token, -1: not here; weights [N, k] float32; gate_up [S, 2 I,
+    x [N, hidden]; slots [N, k], -1: not here; weights [N, k] float32; gate_up [S, 2 I,
     hidden] and down [S, hidden, I] of the experts in slots 0 to S - 1. Returns [N, hidden].
     """
     parts = x.new_zeros(*slots.shape, x.shape[1])
     for slot in range(len(gate_up)):
         here = slots == slot
-        parts[here] = expert(x[here.any(-1)], gate_up[slot], down[slot])
+        parts[here] = expert(x[here.nonzero()[:, 0]], gate_up[slot], down[slot])
     return sum_choices(parts, weights)
 
 

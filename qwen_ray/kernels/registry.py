@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, MoeWeights, Places
@@ -46,10 +46,10 @@ class LayerKernels(Protocol):
         """Layers that follow each other, for `layers`; all of one kind have the same sizes. Holds their tensors."""
         ...
 
-    def layers(self, x: torch.Tensor, prepared: Any, places: Places, last: Places) -> None:
-        """Changes x [T, hidden], contiguous, with nothing to add up over ranks in between. Stores keys and values.
+    def layers(self, x: torch.Tensor, prepared: Any, places: Places, last: Places) -> torch.Tensor:
+        """[T, hidden], contiguous, which may be changed, to [R, hidden]: nothing is added up over ranks in between.
 
-        Rows that the last layer, whose places are `last`, does not pass on are no matter afterwards.
+        `last` are the places of the last of the layers. Stores keys and values.
         """
         ...
 
@@ -58,7 +58,9 @@ class LayerKernels(Protocol):
 class Kernels:
     """The operations of one device; see `reference.py`, and `quantized.py`, for what each takes and gives.
 
-    A plan of `plan_attention` is for `paged_attention` of the same kernels alone.
+    A plan of `plan_attention` is for `paged_attention` of the same kernels alone, and so is one of `plan_decodes`
+    (block_tables [S, max blocks], context_lens [S], longest context, block size): of one query for each of S sequences,
+    whose tensors, int32, may be overwritten between runs. Length 0 is nobody's, who gets zeros.
     """
 
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -73,6 +75,7 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
     greatest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     of_layers: LayerKernels | None = None
+    plan_decodes: Callable[[torch.Tensor, torch.Tensor, int, int], Any] | None = None  # None: no steps as CUDA graphs
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -81,11 +84,26 @@ class Kernels:
             from qwen_ray.kernels.cpu import library
 
             return cls.on_cpu(library.load(), dtype)
-        if device.type == "cuda" and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (8, 0):
-            from qwen_ray.kernels.cuda import experts
-
-            return replace(REFERENCE, run_experts=experts.run_experts)
+        if device.type == "cuda" and find_spec("triton") and torch.cuda.get_device_capability(device) >= (8, 0):
+            return cls.on_cuda(dtype)
         return REFERENCE
+
+    @classmethod
+    def on_cuda(cls, dtype: torch.dtype) -> Kernels:
+        """Those in Triton, which also run without a GPU where Triton interprets them."""
+        from qwen_ray.kernels.cuda import attention, layers, packed, packed_experts, pointwise
+
+        return replace(
+            REFERENCE,
+            linear_packed=packed.linear_packed,
+            rms_norm=pointwise.rms_norm,
+            silu_and_mul=pointwise.silu_and_mul,
+            run_experts=packed_experts.run_experts,
+            plan_attention=attention.plan_attention,
+            plan_decodes=attention.decode_plan,
+            paged_attention=attention.paged_attention,
+            of_layers=layers.CudaLayers(dtype),
+        )
 
     @classmethod
     def on_cpu(cls, library: Library | None, dtype: torch.dtype) -> Kernels:

@@ -69,6 +69,7 @@ class Stage(nn.Module):
         self.shard = shard = site.shard
         self._groups = site.groups
         self._plan_attention = site.kernels.plan_attention
+        self._plan_decodes = site.kernels.plan_decodes
         self.greatest = site.kernels.greatest
         self._dtype = site.dtype
         vocab, hidden = config.vocab_size, config.hidden_size
@@ -88,16 +89,17 @@ class Stage(nn.Module):
         return None if logits is None else logits.float()
 
     @torch.inference_mode()
-    def hidden(self, batch: ForwardBatch) -> torch.Tensor | None:
+    def hidden(self, batch: ForwardBatch, plan: Any = None) -> torch.Tensor | None:
         """Hidden states [L, hidden] behind the final norm, the same on all ranks of the last stage, None on others.
 
-        A model with experts needs every rank in every step, also one whose batch is empty.
+        A model with experts needs every rank in every step, also one whose batch is empty. `plan` is one of
+        `plan_decodes`, for a batch of one token for each sequence.
         """
         if self.embed_tokens is not None:
             x = self.embed_tokens(batch.token_ids)
         else:
             x = self._groups.receive((batch.num_tokens, self.config.hidden_size), self._dtype)
-        x = self._through_layers(x, batch)
+        x = self._through_layers(x, batch, plan)
         if self.norm is None:
             self._groups.send(x)
             return None
@@ -109,13 +111,23 @@ class Stage(nn.Module):
         assert self.lm_head is not None, "on the last stage"
         return self.lm_head(x)
 
-    def _through_layers(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    @property
+    def plans_decodes(self) -> bool:
+        return self._plan_decodes is not None
+
+    def plan_decodes(self, block_tables: torch.Tensor, context_lens: torch.Tensor, max_context: int) -> Any:
+        """For `hidden`; see `Kernels`."""
+        assert self._plan_decodes is not None, "asked before"
+        return self._plan_decodes(block_tables, context_lens, max_context, self._block_size)
+
+    def _through_layers(self, x: torch.Tensor, batch: ForwardBatch, plan: Any) -> torch.Tensor:
         """[T, hidden] to [R, hidden] on the last stage, [T, hidden] on others. x may be changed."""
-        places = self._places(batch)
+        cos, sin = self.rotary(batch.positions)
+        plan = self._plan(batch, batch.query_lens) if plan is None else plan
+        places = Places(cos=cos, sin=sin, slots=batch.slots, rows=None, positions=batch.positions, plan=plan)
         last = self._last_places(batch, places) if self.shard.is_last else places
         if self._at_once is not None and x.shape[0] and self._at_once.takes(x):
-            self._at_once.layers(x, self._prepared_layers, places, last)
-            return last.passed_on(x)
+            return self._at_once.layers(x, self._prepared_layers, places, last)
         for layer in self.layers[:-1]:
             x = layer(x, places)
         return self.layers[-1](x, last)
@@ -125,11 +137,6 @@ class Stage(nn.Module):
         """From the first step on: weights and KV caches stay where they are, unless experts move."""
         assert self._at_once is not None, "asked for by `_through_layers` alone"
         return self._at_once.prepare_layers([cast(DecoderLayer, layer).weights for layer in self.layers])
-
-    def _places(self, batch: ForwardBatch) -> Places:
-        cos, sin = self.rotary(batch.positions)
-        plan = self._plan(batch, batch.query_lens)
-        return Places(cos=cos, sin=sin, slots=batch.slots, rows=None, positions=batch.positions, plan=plan)
 
     def _last_places(self, batch: ForwardBatch, places: Places) -> Places:
         """Of the model's last layer."""
@@ -147,7 +154,11 @@ class Stage(nn.Module):
             asking = [s for s, count in enumerate(query_lens) if count]
             tables = tables[asking]
             query_lens, context_lens = (tuple(lens[s] for s in asking) for lens in (query_lens, context_lens))
-        return self._plan_attention(tables, query_lens, context_lens, self.attentions[0].kv_cache[0].shape[1])
+        return self._plan_attention(tables, query_lens, context_lens, self._block_size)
+
+    @property
+    def _block_size(self) -> int:
+        return self.attentions[0].kv_cache[0].shape[1]
 
     @torch.inference_mode()
     def load(self, checkpoint: Checkpoint) -> None:

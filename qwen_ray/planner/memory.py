@@ -6,11 +6,11 @@ speeds or which plan is best. The layers cut their weights by the same `Shard`; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig
-from qwen_ray.core.plan import EngineConfig, ParallelPlan, Shard, Span
+from qwen_ray.core.plan import MOST_GRAPH_ROWS, EngineConfig, ParallelPlan, Shard, Span
 from qwen_ray.core.step import MAX_PROMPT_LOGITS
 
 MIB = 2**20
@@ -71,6 +71,13 @@ class RankMemory:
 PACKED_LANES = 16
 INT8_STEP, INT8_SCALE_BYTES = 64, 4
 INT4_STEP, INT4_GROUP, INT4_SCALE_BYTES = 128, 32, 4
+# Of a GPU's attention, for a sequence's one new token: the context in parts of so many tokens, so many at most.
+SPLIT_TOKENS, MOST_SPLITS = 256, 64
+# On a GPU: rows of a matrix that are widened at once, for steps of many tokens; what lies beside the weights while they
+# are rounded, and beside a step of few tokens, whose sums are parts at first.
+WIDENED_ROWS = 4096
+ROUNDING_BYTES = 80 * MIB
+PARTIAL_SUMS_BYTES = 4 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +163,12 @@ def vocab_matrix_size(num_rows: int, size: int, dtype: str | None) -> int:
 
 
 def _num_held(num_rows: int, dtype: str | None) -> int:
-    is_packed = dtype is not None and dtype.startswith("int")
-    return num_rows + -num_rows % PACKED_LANES if is_packed else num_rows
+    return num_rows + -num_rows % PACKED_LANES if is_packed(dtype) else num_rows
+
+
+def is_packed(dtype: str | None) -> bool:
+    """Whether matrices are in 8 or 4 bits."""
+    return dtype is not None and dtype.startswith("int")
 
 
 def vocab_row_size(size: int, dtype: str | None) -> int:
@@ -181,6 +192,10 @@ def rank_memory(
     """
     arrivals = num_slots(shard) * expert_weights(config, shard, dtype) if moves_experts else 0
     width = DTYPE_BYTES[compute_dtype(dtype)]
+    activations = activation_bytes(config, shard, compute_dtype(dtype), engine, kind)
+    if kind == "cuda" and is_packed(dtype):
+        widened = widened_bytes(config, shard, compute_dtype(dtype), engine)
+        activations = max(activations + widened, ROUNDING_BYTES)
     kv_per_block = num_kv_elements(config, shard) * engine.block_size * width
     return RankMemory(
         rank=shard.rank,
@@ -188,7 +203,7 @@ def rank_memory(
         tables=engine.max_model_len * config.head_dim * width,
         kv_per_block=kv_per_block,
         gather_per_block=kv_per_block // len(shard.layers) if kind == "cpu" else 0,
-        activations=max(activation_bytes(config, shard, compute_dtype(dtype), engine, kind), arrivals),
+        activations=max(activations, arrivals) + graph_bytes(config, shard, compute_dtype(dtype), engine, kind),
         reserve=reserve_bytes(shard, kind),
     )
 
@@ -269,6 +284,17 @@ def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: Engi
     The residual and one normed copy live through a layer; beside them either attention's tensors or the MLP's. They
     are gone when the rank that samples sorts its logits.
     """
+    layer = layer_activation_bytes(config, shard, dtype, engine, kind)
+    rows = min(engine.max_num_seqs, engine.max_num_batched_tokens)
+    prompt_rows = min(MAX_PROMPT_LOGITS, engine.max_num_batched_tokens)
+    ends = rows * len(shard.vocab) * 4
+    if shard.samples:
+        ends = config.vocab_size * (rows * SAMPLER_BYTES + prompt_rows * (4 + DTYPE_BYTES[dtype]))
+    return max(layer, ends if shard.is_last else 0)
+
+
+def layer_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> int:
+    """The same, of layers alone."""
     width, hidden = DTYPE_BYTES[dtype], config.hidden_size
     tokens, context = engine.max_num_batched_tokens, engine.max_model_len
     q, kv = len(shard.heads) * config.head_dim, len(shard.kv_heads) * config.head_dim
@@ -277,17 +303,14 @@ def activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: Engi
         # One chunk at a time: its sequence's keys and values, once more for every query head, and its mask, which is
         # booleans first and numbers in the fused kernel.
         attention += 2 * context * (kv + q) * width + min(tokens, context) * context * (1 + width)
+    else:  # of each part: weighted values of all heads, a largest score and a sum, in float32
+        num_splits = min(MOST_SPLITS, -(-context // SPLIT_TOKENS))
+        attention += min(engine.max_num_seqs, tokens) * len(shard.heads) * num_splits * (config.head_dim + 2) * 4
     num_sparse = num_sparse_layers(config, shard)
     # gate and up, their product
     mlp = tokens * 3 * len(shard.intermediate) * width if num_sparse < len(shard.layers) else 0
     experts = expert_activation_bytes(config, shard, dtype, engine, kind) if num_sparse else 0
-    layer = 2 * tokens * hidden * width + max(attention, mlp, experts)
-    rows = min(engine.max_num_seqs, tokens)
-    prompt_rows = min(MAX_PROMPT_LOGITS, tokens)
-    ends = rows * len(shard.vocab) * 4
-    if shard.samples:
-        ends = config.vocab_size * (rows * SAMPLER_BYTES + prompt_rows * (4 + width))
-    return max(layer, ends if shard.is_last else 0)
+    return 2 * tokens * hidden * width + max(attention, mlp, experts)
 
 
 def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> int:
@@ -312,6 +335,33 @@ def expert_activation_bytes(config: ModelConfig, shard: Shard, dtype: str, engin
     else:  # rows in order of experts, gate and up, their product, what experts give, in their order and the tokens'
         piece = parts * (3 * hidden + 3 * inner)
     return beside + packed + answers + piece * width + parts // num_choices * hidden * 4  # added up in float32
+
+
+def graph_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig, kind: str) -> int:
+    """What CUDA graphs keep for themselves: all share the room of the largest. A rank with peers makes none."""
+    if kind != "cuda" or shard.world_size > 1:
+        return 0
+    rows = min(MOST_GRAPH_ROWS, engine.max_num_seqs)
+    return layer_activation_bytes(config, shard, dtype, replace(engine, max_num_batched_tokens=rows), kind)
+
+
+def widened_bytes(config: ModelConfig, shard: Shard, dtype: str, engine: EngineConfig) -> int:
+    """The most that a product with a packed matrix has beside it on a GPU: some of its rows as `dtype`, and their part
+    of the result where that is not all of it."""
+    hidden, q, kv = config.hidden_size, len(shard.heads) * config.head_dim, len(shard.kv_heads) * config.head_dim
+    shapes = [(q + 2 * kv, hidden), (hidden, q)]
+    inner = [len(shard.intermediate), len(shard.shared_intermediate)]
+    if shard.experts is not None:
+        inner.append(len(shard.expert_intermediate))
+    shapes += [shape for size in inner for shape in ((2 * size, hidden), (hidden, size))]
+    if shard.is_last:
+        shapes.append((len(shard.vocab), hidden))
+    most = 0
+    for num_rows, size in shapes:
+        at_once = min(num_rows, WIDENED_ROWS)
+        result = engine.max_num_batched_tokens * at_once if num_rows > at_once else 0
+        most = max(most, at_once * size + result)
+    return most * DTYPE_BYTES[dtype] + PARTIAL_SUMS_BYTES
 
 
 def reserve_bytes(shard: Shard, kind: str) -> int:

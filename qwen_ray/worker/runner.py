@@ -11,6 +11,7 @@ import torch
 
 from qwen_ray.core.step import StepBatch, StepResult
 from qwen_ray.grammar.matcher import GrammarCompiler
+from qwen_ray.layers.batch import ForwardBatch
 from qwen_ray.models.stage import Stage
 from qwen_ray.worker.grammars import GrammarMasks
 from qwen_ray.worker.pooling import embed, score
@@ -23,7 +24,7 @@ class Runner:
     """Owns the rank's sequences. `model` has its weights and its KV cache, and may have run before.
 
     `compiler` gives one for grammars, once it is there, on a rank that samples. Where that is None, sequences that have
-    a grammar end with an error.
+    a grammar end with an error. `hidden` gives what the model's does.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Runner:
         block_size: int,
         device: torch.device,
         compiler: Callable[[], GrammarCompiler | None] = lambda: None,
+        hidden: Callable[[ForwardBatch], torch.Tensor | None] | None = None,
     ) -> None:
         self._model = model
+        self._hidden = hidden or model.hidden
         self._block_size = block_size
         self._device = device
         self._sequences = SequenceTable()
@@ -54,7 +57,7 @@ class Runner:
             return StepResult(step_id=batch.step_id) if samples else None
         prepared = prepare(batch.chunks, states, block_size=self._block_size, device=self._device)
         masks = self._grammars.start(prepared.samples if samples else ())
-        hidden = self._model.hidden(prepared.forward)
+        hidden = self._hidden(prepared.forward)
         if hidden is None:
             return None
         num_logits = len(hidden) - len(prepared.embedded)

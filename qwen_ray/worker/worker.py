@@ -30,14 +30,17 @@ from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.stats import RankStats
 from qwen_ray.core.step import Chunk, MoveExperts, NewSequence, StepBatch, StepResult
 from qwen_ray.grammar.matcher import GrammarCompiler
+from qwen_ray.layers.batch import ForwardBatch
 from qwen_ray.models.registry import build
 from qwen_ray.models.stage import Stage
 from qwen_ray.parallel.groups import Groups
 from qwen_ray.worker import kv_cache
+from qwen_ray.worker.cuda_graph import DecodeGraphs, capturer
 from qwen_ray.worker.runner import Runner
 from qwen_ray.worker.weights import open_checkpoint
 
 CPU_WARM_UP_TOKENS = 8
+WARM_UP_DECODES = (1, 32)  # sequences
 HOLD_AFTER_SECONDS = 10.0  # others start beside this rank, and somebody waits for their first answer
 IDLE_SECONDS = 0.5  # after a step
 
@@ -54,6 +57,7 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._groups = Groups(self.shard, self._device)
         self._model: Stage | None = None
+        self._hidden: Callable[[ForwardBatch], torch.Tensor | None] | None = None
         self._runner: Runner | None = None
         # What nobody waits for: the KV cache gets its memory, the vocabulary is read for grammars.
         self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="beside")
@@ -118,6 +122,7 @@ class Worker:
         caches = [cache for attention in model.attentions for cache in attention.kv_cache]
         self._beside.submit(kv_cache.hold, caches, self._closed, self._is_idle, HOLD_AFTER_SECONDS)
         self._model = model
+        self._hidden = self._graphs(model)
         self._runner = self._new_runner(model)
         self._stats = replace(
             self._stats,
@@ -147,7 +152,14 @@ class Worker:
 
     def _new_runner(self, model: Stage) -> Runner:
         block_size = self._spec.engine.block_size
-        return Runner(model, block_size=block_size, device=self._device, compiler=self._compiler.result)
+        compiler = self._compiler.result
+        return Runner(model, block_size=block_size, device=self._device, compiler=compiler, hidden=self._hidden)
+
+    def _graphs(self, model: Stage) -> Callable[[ForwardBatch], torch.Tensor | None] | None:
+        """Steps of a rank that has peers are launched kernel by kernel."""
+        if self._device.type != "cuda" or self.shard.world_size > 1 or not model.plans_decodes:
+            return None
+        return DecodeGraphs(model, self._spec.engine, self._device, capturer()).hidden
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Meet the other ranks of the group, and forget all sequences. May be done again. Raises as `Groups.join`."""
@@ -158,15 +170,20 @@ class Worker:
     def warm_up(self) -> int:
         """Run a first step: what cannot fit fails now, not under load. Returns how many tokens it had.
 
-        On a GPU it is the largest step there can be. On a CPU, where that would take long and the memory goes back to
-        the system anyway, it is a small one: libraries set themselves up. Every dp rank takes the same one.
+        On a GPU it is the largest step there can be, and then decodes of few and of some sequences, whose kernels are
+        others: none is compiled under load. On a CPU, where that would take long and the memory goes back to the
+        system anyway, it is a small one: libraries set themselves up. Every dp rank takes the same ones.
         """
         assert self._model is not None, "load first"
         self._use_threads()
         engine = self._spec.engine
         most = engine.max_num_batched_tokens if self._device.type == "cuda" else CPU_WARM_UP_TOKENS
         batch = first_step(engine, most)
-        Runner(self._model, block_size=engine.block_size, device=self._device).run(batch)
+        block_size, device = engine.block_size, self._device
+        Runner(self._model, block_size=block_size, device=device).run(batch)
+        for count in WARM_UP_DECODES if device.type == "cuda" else ():
+            decodes = first_step(engine, min(count, engine.max_num_seqs))
+            Runner(self._model, block_size=block_size, device=device, hidden=self._hidden).run(decodes)
         give_back_memory()
         self._runner = self._new_runner(self._model)
         return batch.num_tokens
@@ -220,6 +237,7 @@ class Worker:
     def close(self) -> None:
         """Leave the group and let go of the memory. A second call does nothing."""
         self._runner = None
+        self._hidden = None
         self._model = None
         self._closed.set()
         self._beside.shutdown()

@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qwen_ray.core.model_config import ModelConfig
+from qwen_ray.core.model_config import ModelConfig, Quantization
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
+from qwen_ray.worker import cuda_graph, worker
+from qwen_ray.worker.cuda_graph import Run
 from qwen_ray.worker.local import LocalExecutor
 from qwen_ray.worker.noise import gumbel, stream_key
 from qwen_ray.worker.sampler import sample
@@ -50,9 +52,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReplicaSpec:
     )
 
 
-async def run(spec: ReplicaSpec) -> list[StepResult]:
-    """Four prompts and eight decode steps, each fed with a fixed token: every step is compared by itself."""
-    lengths = [9, 1, 30, 17]
+async def run(spec: ReplicaSpec, num_prompts: int = 4) -> list[StepResult]:
+    """Some prompts and eight decode steps, each fed with a fixed token: every step is compared by itself."""
+    lengths = [9, 1, 30, 17][:num_prompts]
     executor = LocalExecutor(spec)
     try:
         new = tuple(
@@ -64,7 +66,7 @@ async def run(spec: ReplicaSpec) -> list[StepResult]:
                 seed=i,
                 stop_token_ids=(),
             )
-            for i, (length, sampling) in enumerate(zip(lengths, SAMPLINGS, strict=True))
+            for i, (length, sampling) in enumerate(zip(lengths, SAMPLINGS, strict=False))
         )
         chunks = tuple(
             Chunk(sequence_id=i, start=0, count=length, new_blocks=tuple(range(4 * i, 4 * i + 4)))
@@ -98,10 +100,40 @@ def logprobs(result: StepResult) -> list[float]:
     return [value for entry in entries for value in (entry.logprob, *(p for _, p in entry.top))]
 
 
+@pytest.mark.parametrize("num_prompts", [1, 3])  # the latter go with a row that is nobody's
+async def test_graphs_change_no_token(spec: ReplicaSpec, num_prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = replace(spec, device="cuda")
+    captured: list[Run] = []
+    capture = cuda_graph.capturer()
+
+    def seen(run: Run) -> Run:
+        captured.append(run)
+        return capture(run)
+
+    monkeypatch.setattr(worker, "capturer", lambda: seen)
+    found = await run(own, num_prompts)
+    assert len(captured) == 2 + (num_prompts > 1)  # two before the first request
+    monkeypatch.setattr(worker.Worker, "_graphs", lambda *_: None)
+    expected = await run(own, num_prompts)
+    tokens = [[sample.token_id for sample in result.samples] for result in found]
+    assert tokens == [[sample.token_id for sample in result.samples] for result in expected]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 async def test_dummy_weights_are_made_on_the_device(spec: ReplicaSpec, dtype: str) -> None:
     results = await run(replace(spec, device="cuda", dtype=dtype, load_format="dummy", path="/nowhere"))
     assert all(sample.error is None for result in results for sample in result.samples)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+async def test_weights_of_few_bits_are_rounded_on_the_device(
+    spec: ReplicaSpec, dtype: str, quantization: Quantization
+) -> None:
+    for load_format in ("auto", "dummy"):
+        own = replace(spec, device="cuda", dtype=dtype, quantization=quantization, load_format=load_format)
+        results = await run(own)
+        assert all(sample.error is None for result in results for sample in result.samples)
 
 
 def test_noise_is_that_of_a_cpu() -> None:

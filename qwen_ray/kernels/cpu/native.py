@@ -123,12 +123,13 @@ class NativeKernels:
         array = (Layer * len(layers))(*(Layer.of(layer, self._dtype) for layer in layers))
         return Layers(array=array, weights=tuple(layers))
 
-    def layers(self, x: torch.Tensor, prepared: Layers, places: Places, last: Places) -> None:
+    def layers(self, x: torch.Tensor, prepared: Layers, places: Places, last: Places) -> torch.Tensor:
         """As `LayerKernels.layers`."""
         assert x.is_contiguous(), "changed in place"
         steps = [Step.of(prepared.weights[0].attention, own) for own in (places, last)]
         given = prepared.array, len(prepared.array), *map(byref, steps), x.data_ptr()
         self._run_layers(*given, *x.shape, torch.get_num_threads())
+        return last.passed_on(x)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """As `reference.rms_norm`; x [T, hidden] or [T, heads, D]."""

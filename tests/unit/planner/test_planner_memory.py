@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from qwen_ray.core.model_config import DTYPE_BYTES, ModelConfig, MoeConfig, Quantization, RopeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan
+from qwen_ray.kernels import quantized
 from qwen_ray.models.registry import build
+from qwen_ray.planner import memory as memory_page
 from qwen_ray.planner.experts import balance, even_slots
 from qwen_ray.planner.family import FAMILY, lookup
 from qwen_ray.planner.memory import copied_weights, model_weights, num_kv_elements, rank_memory, rank_weights
@@ -200,6 +203,55 @@ def test_weights_of_qwen2_5_0_5b_in_8_and_4_bits() -> None:
     in_int4 = 24 * (rows * (448 + 112) + long_rows * (2_432 + 608)) + rest
     assert rank_memory(config, shard, "int4+bfloat16", ENGINE, "cpu").weights == in_int4
     assert rank_memory(config, shard, "int4+bfloat16", ENGINE, "cpu").kv_per_block == 16 * 24 * 2 * 128 * 2
+
+
+def test_what_packed_weights_need_beside_them_on_a_gpu() -> None:
+    """The most is all of down's 3,584 rows of 18,944, or where it is cut 4,096 of gate's and up's rows and results."""
+    config = known("Qwen/Qwen2.5-7B-Instruct")
+    shard = ParallelPlan.of(config).shard(config, 0)
+    engine = replace(ENGINE, max_num_batched_tokens=2_048)
+    wide = rank_memory(config, shard, "bfloat16", engine, "cuda").activations
+    for dtype in ("int8+bfloat16", "int4+bfloat16"):
+        on_gpu, on_cpu = (rank_memory(config, shard, dtype, engine, kind) for kind in ("cuda", "cpu"))
+        assert on_gpu.activations == wide + 2 * 3_584 * 18_944 + 4 * 2**20
+        assert on_gpu.weights == on_cpu.weights
+    half = ParallelPlan.of(config, tp=8).shard(config, 7)
+    cut = rank_memory(config, half, "int4+bfloat16", engine, "cuda").activations
+    cut -= rank_memory(config, half, "bfloat16", engine, "cuda").activations
+    assert cut == 2 * 4_096 * (3_584 + 2_048) + 4 * 2**20
+    demo = known("demo")
+    tiny = replace(ENGINE, max_num_batched_tokens=1, max_num_seqs=1)
+    stage = ParallelPlan.of(demo, pp=2).shard(demo, 0)
+    assert rank_memory(demo, stage, "int4+bfloat16", tiny, "cuda").activations == 80 * 2**20
+
+
+def test_what_the_planner_knows_of_the_kernels_is_so() -> None:
+    assert memory_page.WIDENED_ROWS == quantized.ROWS_AT_ONCE
+    assert memory_page.ROUNDING_BYTES == 20 * quantized.WEIGHTS_AT_ONCE
+    assert (memory_page.PACKED_LANES, memory_page.INT4_GROUP) == (quantized.LANES, quantized.GROUP)
+    assert (quantized.STEPS[8], quantized.STEPS[4]) == (memory_page.INT8_STEP, memory_page.INT4_STEP)
+
+
+def test_decodes_on_a_gpu_have_parts_of_attention_and_graphs() -> None:
+    """256 contexts of 64 parts, of 28 heads of 128 numbers and 2: more than a step of 256 tokens has otherwise."""
+    config = known("Qwen/Qwen2.5-7B-Instruct")
+    engine = replace(ENGINE, max_num_batched_tokens=256, max_num_seqs=256)
+    step = 2 * 256 * 3_584 * 2 + 256 * (3 * 3_584 + 2 * 512) * 2
+    for context, num_parts in ((256, 1), (257, 2), (32_768, 64)):
+        alone, one_of_two = (
+            layer_room(ParallelPlan.of(config, tp=tp), replace(engine, max_model_len=context)) for tp in (1, 2)
+        )
+        parts = 256 * 28 * num_parts * 130 * 4
+        assert alone == 2 * max(step + parts, 2 * 256 * 3_584 * 2 + 3 * 256 * 18_944 * 2)
+        assert one_of_two < alone / 2
+
+
+def layer_room(plan: ParallelPlan, engine: EngineConfig) -> int:
+    """Of rank 0, that samples one row: of layers, then."""
+    config = known("Qwen/Qwen2.5-7B-Instruct")
+    shard = plan.shard(config, 0)
+    layers = memory_page.layer_activation_bytes(config, shard, "bfloat16", engine, "cuda")
+    return layers + memory_page.graph_bytes(config, shard, "bfloat16", engine, "cuda")
 
 
 def test_what_is_held_between_steps_and_at_most() -> None:

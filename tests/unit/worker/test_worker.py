@@ -11,29 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import LLAMA, QWEN2, random_tensors, replica_spec, write_gguf, write_safetensors
+from tiny_models import (
+    LLAMA,
+    NUM_NEW,
+    PROMPTS,
+    QWEN2,
+    QWEN3_MOE,
+    generate,
+    new,
+    random_tensors,
+    replica_spec,
+    write_gguf,
+    write_safetensors,
+)
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_ray.core.errors import CheckpointError, PlanRefused, RankFailed
-from qwen_ray.core.model_config import MoeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan
 from qwen_ray.core.request import SamplingParams
-from qwen_ray.core.step import Chunk, NewSequence, Sample, StepBatch, StepResult
+from qwen_ray.core.step import Chunk, Sample, StepBatch
 from qwen_ray.kernels.cpu import library
 from qwen_ray.worker.local import LocalExecutor
 from qwen_ray.worker.worker import first_step
-
-QWEN3_MOE = replace(
-    QWEN2,
-    architecture="qwen3_moe",
-    qkv_bias=False,
-    qk_norm=True,
-    moe=MoeConfig(
-        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=(1,)
-    ),
-)
-PROMPTS = [tuple(range(10)), (5, 80, 3), (17,)]
-NUM_NEW = 8
 
 
 @pytest.fixture(scope="module")
@@ -62,44 +61,6 @@ def executor(checkpoint: Path) -> Iterator[LocalExecutor]:
     executor = LocalExecutor(replica_spec(QWEN2, checkpoint))
     yield executor
     executor.close()
-
-
-def new(sequence_id: int, prompt: tuple[int, ...], sampling: SamplingParams) -> NewSequence:
-    return NewSequence(
-        sequence_id=sequence_id,
-        token_ids=prompt,
-        num_prompt_tokens=len(prompt),
-        sampling=sampling,
-        seed=11 + sequence_id,
-        stop_token_ids=(),
-    )
-
-
-async def generate(
-    executor: LocalExecutor, prompts: list[tuple[int, ...]], sampling: SamplingParams
-) -> tuple[list[list[int]], StepResult]:
-    """NUM_NEW tokens for each prompt, all in one batch; the tokens, and the first step's result."""
-    batch = StepBatch(
-        step_id=0,
-        new=tuple(new(i, prompt, sampling) for i, prompt in enumerate(prompts)),
-        chunks=tuple(
-            Chunk(sequence_id=i, start=0, count=len(prompt), new_blocks=tuple(range(8 * i, 8 * i + 8)))
-            for i, prompt in enumerate(prompts)
-        ),
-    )
-    first = result = await executor.submit(batch)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    for step in range(NUM_NEW):
-        assert result.step_id == step
-        for s in result.samples:
-            outputs[s.sequence_id].append(s.token_id)
-        chunks = tuple(
-            Chunk(sequence_id=i, start=len(prompt) + step, count=1, new_tokens=(outputs[i][-1],))
-            for i, prompt in enumerate(prompts)
-        )
-        result = await executor.submit(StepBatch(step_id=step + 1, chunks=chunks))
-    await executor.submit(StepBatch(step_id=99, chunks=(), dropped=tuple(range(len(prompts)))))
-    return outputs, first
 
 
 async def test_greedy_tokens_are_those_of_transformers(executor: LocalExecutor, reference: Qwen2ForCausalLM) -> None:

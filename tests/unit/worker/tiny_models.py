@@ -12,12 +12,15 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 from safetensors.torch import save_file
 
-from qwen_ray.core.model_config import ModelConfig, RopeConfig
+from qwen_ray.core.model_config import ModelConfig, MoeConfig, RopeConfig
 from qwen_ray.core.plan import EngineConfig, ParallelPlan, ReplicaSpec, Shard
+from qwen_ray.core.request import SamplingParams
+from qwen_ray.core.step import Chunk, NewSequence, StepBatch, StepResult
 from qwen_ray.models import registry
 from qwen_ray.models.stage import Stage
 from qwen_ray.parallel.groups import Groups
 from qwen_ray.worker.gguf import IN_LAYER, TOP_LEVEL
+from qwen_ray.worker.local import LocalExecutor
 from qwen_ray.worker.weights import CountedCheckpoint
 
 CPU = torch.device("cpu")
@@ -132,3 +135,54 @@ def replica_spec(config: ModelConfig, path: Path, plan: ParallelPlan | None = No
     plan = plan or ParallelPlan.of(config)
     fields = {"name": "tiny", "dtype": "float32", "path": str(path), **other}
     return ReplicaSpec(config=config, plan=plan, engine=engine, **fields)
+
+
+QWEN3_MOE = replace(
+    QWEN2,
+    architecture="qwen3_moe",
+    qkv_bias=False,
+    qk_norm=True,
+    moe=MoeConfig(
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=(1,)
+    ),
+)
+PROMPTS = [tuple(range(10)), (5, 80, 3), (17,)]
+NUM_NEW = 8
+
+
+def new(sequence_id: int, prompt: tuple[int, ...], sampling: SamplingParams) -> NewSequence:
+    return NewSequence(
+        sequence_id=sequence_id,
+        token_ids=prompt,
+        num_prompt_tokens=len(prompt),
+        sampling=sampling,
+        seed=11 + sequence_id,
+        stop_token_ids=(),
+    )
+
+
+async def generate(
+    executor: LocalExecutor, prompts: list[tuple[int, ...]], sampling: SamplingParams
+) -> tuple[list[list[int]], StepResult]:
+    """NUM_NEW tokens for each prompt, all in one batch; the tokens, and the first step's result."""
+    batch = StepBatch(
+        step_id=0,
+        new=tuple(new(i, prompt, sampling) for i, prompt in enumerate(prompts)),
+        chunks=tuple(
+            Chunk(sequence_id=i, start=0, count=len(prompt), new_blocks=tuple(range(8 * i, 8 * i + 8)))
+            for i, prompt in enumerate(prompts)
+        ),
+    )
+    first = result = await executor.submit(batch)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for step in range(NUM_NEW):
+        assert result.step_id == step
+        for s in result.samples:
+            outputs[s.sequence_id].append(s.token_id)
+        chunks = tuple(
+            Chunk(sequence_id=i, start=len(prompt) + step, count=1, new_tokens=(outputs[i][-1],))
+            for i, prompt in enumerate(prompts)
+        )
+        result = await executor.submit(StepBatch(step_id=step + 1, chunks=chunks))
+    await executor.submit(StepBatch(step_id=99, chunks=(), dropped=tuple(range(len(prompts)))))
+    return outputs, first
