@@ -21,6 +21,7 @@ class Model:
     config: ModelConfig
     quantization: Quantization = "none"
     dtype: str = "bfloat16"
+    deterministic: bool = False
 
     @property
     def weight_dtype(self) -> str:
@@ -83,6 +84,7 @@ _TINY_MOE = replace(
 CUDA_MODELS: dict[str, Model] = {
     "qwen2.5-0.5b": Model(config=FAMILY["qwen2.5-0.5b"]),
     "qwen2.5-7b": Model(config=FAMILY["qwen2.5-7b"]),
+    "qwen2.5-7b-deterministic": Model(config=FAMILY["qwen2.5-7b"], deterministic=True),
     "qwen3-8b": Model(config=FAMILY["qwen3-8b"]),
     "qwen3-30b-a3b": Model(config=FAMILY["qwen3-30b-a3b"]),
     "qwen2.5-72b-int4": Model(config=FAMILY["qwen2.5-72b"], quantization="int4"),
@@ -141,6 +143,7 @@ def _with_batches(name: str, sizes: Sizes, batches: tuple[int, ...], kind: str) 
         engine=engine,
         dtype=model.dtype,
         quantization=model.quantization,
+        deterministic=model.deterministic,
         device=kind,
         load_format="dummy",
         num_threads=num_cores() if kind == "cpu" else 1,

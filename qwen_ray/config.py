@@ -194,6 +194,10 @@ class EngineSettings(Section):
     standby_ranks: bool = Field(
         default=True, description="keep a process ready to take a rank's place, 0.3 GB for each stage (CPU only)"
     )
+    deterministic: bool = Field(
+        default=False,
+        description="a token's bits depend on no other request: other products, slower ones, on GPUs and CPUs with AMX",
+    )
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="part of a device's memory that may be used"
     )
@@ -303,6 +307,7 @@ OPTIONS: dict[str, str] = {
     "light-tenant-slowdown": "engine.light_tenant_slowdown",
     "enable-prefix-caching": "engine.enable_prefix_caching",
     "standby-ranks": "engine.standby_ranks",
+    "deterministic": "engine.deterministic",
     "kv-cache-memory": "engine.kv_cache_memory",
     "gpu-memory-utilization": "engine.gpu_memory_utilization",
     "log-level": "observability.log_level",

@@ -63,6 +63,7 @@ def plan_request(
         light_tenant_slowdown=engine.light_tenant_slowdown,
         enable_prefix_caching=engine.enable_prefix_caching,
         standby_ranks=engine.standby_ranks,
+        deterministic=engine.deterministic,
     )
 
 

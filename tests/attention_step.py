@@ -53,8 +53,9 @@ class Step:
         q, k, v = (x.to(DEVICE) for x in (self.q if q is None else q, self.k, self.v))
         return attention.paged_attention(q, k, v, plan, self.scale).cpu()
 
-    def run(self, split: int = SPLIT) -> torch.Tensor:
-        plan = attention.plan_attention(self.tables.to(DEVICE), self.query_lens, self.context_lens, self.block_size)
+    def run(self, split: int = SPLIT, *, has_decodes: bool = True) -> torch.Tensor:
+        of_step = self.tables.to(DEVICE), self.query_lens, self.context_lens, self.block_size
+        plan = attention.plan_attention(*of_step, has_decodes=has_decodes)
         return self.attend(replace(plan, split=split))
 
     def expected(self) -> torch.Tensor:

@@ -25,7 +25,6 @@ from qwen_ray.core.model_config import ModelConfig, Quantization
 INTERMEDIATE_UNIT = 32
 MOST_GRAPH_ROWS = 256  # sequences of a step that is run as one CUDA graph
 
-
 # Of a process that computes on a CPU. Threads that meet at an OpenMP barrier spin; by default for so long that, where
 # cores are shared, they keep those they wait for from running (a step of the demo model went from 110 to 1,098 ms).
 # Sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs a wake-up at each of some 300 barriers a step. Tokens/s of the demo
@@ -383,6 +382,7 @@ class ReplicaSpec:
     engine: EngineConfig
     dtype: str
     quantization: Quantization = "none"
+    deterministic: bool = False  # a token's bits depend on no other request
     device: str = "cpu"
     load_format: str = "auto"  # auto | safetensors | gguf | dummy
     num_threads: int = 1  # of one rank

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,8 +60,8 @@ class Kernels:
     """The operations of one device; see `reference.py`, and `quantized.py`, for what each takes and gives.
 
     A plan of `plan_attention` is for `paged_attention` of the same kernels alone, and so is one of `plan_decodes`
-    (block_tables [S, max blocks], context_lens [S], longest context, block size): of one query for each of S sequences,
-    whose tensors, int32, may be overwritten between runs. Length 0 is nobody's, who gets zeros.
+    (block_tables [S, max blocks], longest context, block size): of one query for each of S sequences. Its `lens` [S]
+    int32 are their contexts, which like the tables may be overwritten between runs; 0 is nobody's, who gets zeros.
     """
 
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -75,38 +76,49 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
     greatest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     of_layers: LayerKernels | None = None
-    plan_decodes: Callable[[torch.Tensor, torch.Tensor, int, int], Any] | None = None  # None: no steps as CUDA graphs
+    plan_decodes: Callable[[torch.Tensor, int, int], Any] | None = None  # None: no steps as CUDA graphs
+    is_row_by_row: bool = False  # what a row gives does not depend on others, to the last bit
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> Kernels:
-        """The fastest that `device` has for layers that compute in `dtype`."""
+    def of(cls, device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
+        """The fastest that `device` has for layers that compute in `dtype`.
+
+        `deterministic`: of those of which a row's bits depend on that row alone, if there are any (`is_row_by_row`).
+        """
         if device.type == "cpu":
             from qwen_ray.kernels.cpu import library
 
-            return cls.on_cpu(library.load(), dtype)
+            return cls.on_cpu(library.load(), dtype, deterministic=deterministic)
         if device.type == "cuda" and find_spec("triton") and torch.cuda.get_device_capability(device) >= (8, 0):
-            return cls.on_cuda(dtype)
+            return cls.on_cuda(dtype, deterministic=deterministic)
         return REFERENCE
 
     @classmethod
-    def on_cuda(cls, dtype: torch.dtype) -> Kernels:
+    def on_cuda(cls, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
         """Those in Triton, which also run without a GPU where Triton interprets them."""
-        from qwen_ray.kernels.cuda import attention, layers, packed, packed_experts, pointwise
+        from qwen_ray.kernels.cuda import attention, layers, matmul, packed, packed_experts, pointwise
 
+        products = layers.Products(
+            linear=matmul.linear if deterministic else reference.linear,
+            linear_packed=matmul.linear_packed if deterministic else packed.linear_packed,
+            run_experts=matmul.run_experts if deterministic else packed_experts.run_experts,
+        )
         return replace(
             REFERENCE,
-            linear_packed=packed.linear_packed,
+            linear=products.linear,
+            linear_packed=products.linear_packed,
             rms_norm=pointwise.rms_norm,
             silu_and_mul=pointwise.silu_and_mul,
-            run_experts=packed_experts.run_experts,
-            plan_attention=attention.plan_attention,
-            plan_decodes=attention.decode_plan,
+            run_experts=products.run_experts,
+            plan_attention=partial(attention.plan_attention, has_decodes=not deterministic),
+            plan_decodes=partial(attention.decode_plan, has_decodes=not deterministic),
             paged_attention=attention.paged_attention,
-            of_layers=layers.CudaLayers(dtype),
+            of_layers=layers.CudaLayers(dtype, products),
+            is_row_by_row=deterministic,
         )
 
     @classmethod
-    def on_cpu(cls, library: Library | None, dtype: torch.dtype) -> Kernels:
+    def on_cpu(cls, library: Library | None, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
         """Those in C++ where there is a library and it knows `dtype`, else the fastest that torch has."""
         from qwen_ray.kernels.cpu import attention, experts, native
 
@@ -117,7 +129,7 @@ class Kernels:
                 paged_attention=attention.paged_attention,
                 run_experts=experts.run_experts,
             )
-        own = native.NativeKernels(library, dtype)
+        own = native.NativeKernels(library, dtype, with_amx=library.has_amx and not deterministic)
         return replace(
             REFERENCE,
             linear=own.linear,
@@ -131,6 +143,7 @@ class Kernels:
             paged_attention=own.paged_attention,
             greatest=own.greatest,
             of_layers=own,
+            is_row_by_row=own.is_row_by_row,
         )
 
 

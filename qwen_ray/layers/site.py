@@ -34,8 +34,10 @@ class Site:
         device: torch.device,
         dtype: torch.dtype,
         quantization: Quantization = "none",
+        *,
+        deterministic: bool = False,
     ) -> Site:
-        kernels = Kernels.of(device, dtype)
+        kernels = Kernels.of(device, dtype, deterministic=deterministic)
         return cls(shard=shard, groups=groups, kernels=kernels, device=device, dtype=dtype, quantization=quantization)
 
 

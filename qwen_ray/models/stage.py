@@ -115,10 +115,10 @@ class Stage(nn.Module):
     def plans_decodes(self) -> bool:
         return self._plan_decodes is not None
 
-    def plan_decodes(self, block_tables: torch.Tensor, context_lens: torch.Tensor, max_context: int) -> Any:
+    def plan_decodes(self, block_tables: torch.Tensor, max_context: int) -> Any:
         """For `hidden`; see `Kernels`."""
         assert self._plan_decodes is not None, "asked before"
-        return self._plan_decodes(block_tables, context_lens, max_context, self._block_size)
+        return self._plan_decodes(block_tables, max_context, self._block_size)
 
     def _through_layers(self, x: torch.Tensor, batch: ForwardBatch, plan: Any) -> torch.Tensor:
         """[T, hidden] to [R, hidden] on the last stage, [T, hidden] on others. x may be changed."""

@@ -63,6 +63,7 @@ class PlanRequest:
     light_tenant_slowdown: float = 1.5
     enable_prefix_caching: bool = True
     standby_ranks: bool = False
+    deterministic: bool = False
     device: str | None = None
 
     @property
@@ -162,6 +163,7 @@ class Candidate:
             engine=self.engine_config(),
             dtype=self.request.compute_dtype,
             quantization=self.request.quantization,
+            deterministic=self.request.deterministic,
             device=self.request.kind,
             load_format=load_format,
             num_threads=self.num_threads,

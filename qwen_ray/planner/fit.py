@@ -106,6 +106,9 @@ def _evaluate(request: PlanRequest, degrees: Degrees, pp: int, context: int) -> 
     draft = Candidate(request=request, plan=plan, engine=engine)
     if broken := _broken_blocks(request, plan):
         return replace(draft, reason=broken)
+    if request.deterministic and kind == "cuda" and plan.world_size > 1:
+        # NCCL adds up in an order that depends on how much there is.
+        return replace(draft, reason=f"deterministic on GPUs is for one rank: {plan.world_size} > 1")
     if kind == "cpu":
         replicas = place_on_cpus(nodes, pp=pp, dp=request.dp)
     else:

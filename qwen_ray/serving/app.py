@@ -120,7 +120,7 @@ def has_room_for_one_more(settings: Settings, spec: ReplicaSpec) -> bool:
 
 
 def served_model(model: ModelSettings, spec: ReplicaSpec) -> Model:
-    described = f"{spec.path} {spec.dtype} {spec.quantization} {spec.plan} {spec.engine}"
+    described = f"{spec.path} {spec.dtype} {spec.quantization} {spec.deterministic} {spec.plan} {spec.engine}"
     purpose = load_purpose(Path(spec.path), model.task)
     return Model(
         name=spec.name,

@@ -34,7 +34,6 @@ class Graph:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         self._tables = full(size, -(-max_context // block_size), dtype=torch.int32)
-        self._lens = full(size, dtype=torch.int32)
         self._batch = ForwardBatch(
             token_ids=full(size),
             positions=full(size, value=NOBODY),
@@ -47,7 +46,7 @@ class Graph:
             context_lens=(0,) * size,  # the plan has them
         )
         self._model = model
-        self._plan = model.plan_decodes(self._tables, self._lens, max_context)
+        self._plan = model.plan_decodes(self._tables, max_context)
         self.replay: Run | None = None
 
     def take(self, batch: ForwardBatch) -> None:
@@ -57,7 +56,7 @@ class Graph:
             (own.token_ids, batch.token_ids, 0),
             (own.positions, batch.positions, NOBODY),
             (own.slots, batch.slots, NOBODY),
-            (self._lens, batch.positions + 1, 0),
+            (self._plan.lens, batch.positions + 1, 0),
         ):
             to[:count].copy_(rows)
             to[count:].fill_(nobody)

@@ -95,6 +95,7 @@ class Worker:
             self._dtype,
             max_len=spec.engine.max_model_len,
             quantization=spec.quantization,
+            deterministic=spec.deterministic,
         )
         total = model.num_weights * self._dtype.itemsize
         done = 0

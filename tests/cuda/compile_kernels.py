@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qwen_ray.kernels.cuda import attention, packed, packed_experts, pointwise
+from qwen_ray.kernels.cuda import attention, matmul, packed, packed_experts, pointwise
 from qwen_ray.kernels.quantized import GROUPS, make_room, make_stack
 
 CAPABILITIES = (80, 90)
@@ -134,15 +134,30 @@ def attend(dtype: torch.dtype, dim: int, group: int) -> None:
     plan = attention.plan_attention(torch.zeros(2, 64, dtype=torch.int64), (1, 5), (1000, 1000), 16)
     is_hopper = driver.active.get_current_target().arch == 90
     attention.paged_attention(q, cache, cache, replace(plan, is_hopper=is_hopper), 1.0)
-    plan = attention.decode_plan(torch.zeros(6, 64, dtype=torch.int32), torch.zeros(6, dtype=torch.int32), 200, 16)
+    plan = attention.decode_plan(torch.zeros(6, 64, dtype=torch.int32), 200, 16)
     attention.paged_attention(q, cache, cache, plan, 1.0)
 
 
 PACKED = [(torch.bfloat16, 8, 32), *((torch.bfloat16, 4, group) for group in GROUPS), (torch.float16, 4, 32)]
+
+
+def multiply_row_by_row(dtype: torch.dtype) -> None:
+    """Matrices of many and of few outputs, and experts."""
+    for out_size, size in ((18944, 3584), (3584, 18944), (512, 900)):
+        x, weight = torch.empty(3, size, dtype=dtype), torch.empty(out_size, size, dtype=dtype)
+        matmul.linear(x, weight, weight[:, 0].contiguous())
+    gate_up, down = torch.empty(4, 1536, 2048, dtype=dtype), torch.empty(4, 2048, 768, dtype=dtype)
+    matmul.run_experts(torch.empty(3, 2048, dtype=dtype), torch.zeros(3, 2).long(), torch.ones(3, 2), gate_up, down)
+
+
 CASES: dict[str, Callable[[], None]] = {
     f"between-{dim}-{dtype}": partial(stand_between, dtype, dim, dim == 128)
     for dtype in (torch.bfloat16, torch.float16)
     for dim in (64, 128)
+}
+CASES |= {
+    f"row by row, {dtype}": partial(multiply_row_by_row, dtype)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
 }
 CASES |= {
     f"packed, {bits} bits by {group}, {dtype}": partial(multiply_packed, dtype, bits, group)

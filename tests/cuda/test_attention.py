@@ -86,19 +86,28 @@ def test_how_a_prompt_is_cut_changes_no_bits() -> None:
         assert torch.equal(step.attend(plan, step.q[first:end]), whole[first:end])
 
 
+def test_without_decodes_one_query_has_the_bits_it_has_in_a_prompt() -> None:
+    step = Step((70,), (80,), heads=(3, 1))
+    whole = step.run()
+    for row in (0, 1, 36, 69):
+        of_row = step.tables.to(DEVICE), (1,), (11 + row,), step.block_size
+        plan = attention.plan_attention(*of_row, has_decodes=False)
+        assert torch.equal(step.attend(plan, step.q[row : row + 1]), whole[row : row + 1])
+
+
+@pytest.mark.parametrize("has_decodes", [True, False])
 @pytest.mark.parametrize("max_context", [SPLIT, 5 * SPLIT])
-def test_a_plan_over_buffers_that_are_written_anew(max_context: int) -> None:
+def test_a_plan_over_buffers_that_are_written_anew(max_context: int, has_decodes: bool) -> None:
     """As a CUDA graph has it: places that nobody has give zeros, and room for more changes no bits."""
     tables = torch.full((4, 12), -1, dtype=torch.int32, device=DEVICE)
-    lens = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    plan = replace(attention.decode_plan(tables, lens, max_context, 16), split=SPLIT)
+    plan = replace(attention.decode_plan(tables, max_context, 16, has_decodes=has_decodes), split=SPLIT)
     for now in ((max_context, 3, 17), (1,), (SPLIT - 1, max_context - 1, 2, max_context)):
         step = Step((1,) * len(now), now)
-        lens.zero_()
-        lens[: len(now)] = torch.tensor(now)
+        plan.lens.zero_()
+        plan.lens[: len(now)] = torch.tensor(now)
         tables[: len(now), : step.tables.shape[1]] = step.tables
         got = step.attend(plan, torch.cat((step.q, torch.full((4 - len(now), 2, 16), torch.nan))))
-        assert torch.equal(got[: len(now)], step.run())
+        assert torch.equal(got[: len(now)], step.run(has_decodes=has_decodes))
         assert (got[len(now) :] == 0).all()
 
 

@@ -35,7 +35,7 @@ class Captures:
             return DecodeGraphs(model, worker._spec.engine, worker._device, self.capture).hidden
 
         monkeypatch.setattr(Worker, "_graphs", graphs)
-        monkeypatch.setattr(Kernels, "of", lambda _, dtype: Kernels.on_cuda(dtype))
+        monkeypatch.setattr(Kernels, "of", lambda _, dtype, deterministic: Kernels.on_cuda(dtype))
 
     def capture(self, run: Run) -> Run:
         if self._fails:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +98,35 @@ def test_layers(
         for layer, cache in zip(layers, caches, strict=True):
             for own, theirs in zip(layer.attention.kv_cache, cache, strict=True):
                 torch.testing.assert_close(own, theirs, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, None), (torch.float16, 4)])
+def test_a_token_alone_has_the_bits_that_it_has_in_a_prompt(dtype: torch.dtype, bits: int | None) -> None:
+    """With kernels that say so: what is computed again after a failure goes on as it was."""
+    tokens = Tokens([2, 1], 290, 1, 16, dtype)  # longer than what a decode adds up in one go
+    layers = some_layers(tokens, 3, bits, is_normed=True, is_shared=True, inner=30)
+    kernels = Kernels.on_cuda(dtype, deterministic=True)
+    assert kernels.is_row_by_row
+    at_once, places = layer_kernels(kernels), tokens.places(kernels)
+    prepared = at_once.prepare_layers(layers)
+    x = random(tokens.num_rows, 72, dtype=dtype)
+    whole = at_once.layers(x.clone(), prepared, places, places)
+    caches = [cache.clone() for layer in layers for cache in layer.attention.kv_cache]
+    for layer in layers:
+        forget(layer.attention, places)
+    row = 0
+    for table, count in zip(tokens.tables, tokens.counts, strict=True):
+        for position in range(tokens.context, tokens.context + count):
+            rows = slice(row, row + 1)
+            own = replace(
+                places,
+                **{name: getattr(places, name)[rows] for name in ("cos", "sin", "slots", "positions")},
+                plan=kernels.plan_attention(table[None], (1,), (position + 1,), 16),
+            )
+            assert torch.equal(at_once.layers(x[rows].clone(), prepared, own, own), whole[rows])
+            row += 1
+    again = [cache for layer in layers for cache in layer.attention.kv_cache]
+    assert all(map(torch.equal, again, caches))
 
 
 @pytest.mark.parametrize("is_shared", [True, False])

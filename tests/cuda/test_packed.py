@@ -178,7 +178,7 @@ def test_each_choice_is_in_a_tile_of_its_slot(num_tokens: int, num_slots: int, a
     slots = choose(num_tokens, num_slots, absent)
     if most:  # of the first
         slots = torch.where(slots >= 0, 0, slots)
-    tiles = packed_experts.in_tiles(slots, num_slots)
+    tiles = packed_experts.in_tiles(slots, num_slots, packed_experts.ROWS)
     flat, seen = slots.flatten().tolist(), []
     for slot, choices in zip(tiles.slots.tolist(), tiles.choices.view(-1, packed_experts.ROWS).tolist(), strict=True):
         here = [choice for choice in choices if choice < len(flat)]

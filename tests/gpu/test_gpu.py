@@ -119,6 +119,18 @@ async def test_graphs_change_no_token(spec: ReplicaSpec, num_prompts: int, monke
     assert tokens == [[sample.token_id for sample in result.samples] for result in expected]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+async def test_a_deterministic_answer_has_the_same_bits_in_any_company(
+    spec: ReplicaSpec, dtype: str, quantization: Quantization
+) -> None:
+    own = replace(spec, device="cuda", dtype=dtype, quantization=quantization, deterministic=True)
+    alone, among_four = await run(own, 1), await run(own, 4)
+    for one, four in zip(alone, among_four, strict=True):
+        assert one.samples == tuple(sample for sample in four.samples if sample.sequence_id == 0)
+        assert one.prompt_logprobs == tuple(prompt for prompt in four.prompt_logprobs if prompt.sequence_id == 0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 async def test_dummy_weights_are_made_on_the_device(spec: ReplicaSpec, dtype: str) -> None:
     results = await run(replace(spec, device="cuda", dtype=dtype, load_format="dummy", path="/nowhere"))

@@ -49,15 +49,15 @@ def test_how_a_prompt_is_cut_changes_no_bits(dim: int, dtype: torch.dtype) -> No
         assert torch.equal(step.attend(plan, step.q[first:end]), whole[first:end])
 
 
-def test_a_graph_follows_its_buffers() -> None:
+@pytest.mark.parametrize("has_decodes", [True, False])
+def test_a_graph_follows_its_buffers(has_decodes: bool) -> None:
     """And gives, to the last bit, what a plan of the step itself gives; places that nobody has give zeros."""
     num_places, max_context = 8, 3000
     tables = torch.zeros(num_places, 200, dtype=torch.int32, device="cuda")
-    lens = torch.zeros(num_places, dtype=torch.int32, device="cuda")
     q = torch.zeros(num_places, 14, 64, dtype=torch.bfloat16, device="cuda")
     k = torch.zeros(1000, 16, 2, 64, dtype=torch.bfloat16, device="cuda")
     v = torch.zeros_like(k)
-    plan = attention.decode_plan(tables, lens, max_context, 16)
+    plan = attention.decode_plan(tables, max_context, 16, has_decodes=has_decodes)
     attention.paged_attention(q, k, v, plan, 0.125)  # compiled before anything is captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -66,13 +66,13 @@ def test_a_graph_follows_its_buffers() -> None:
     for now in ((max_context, 1, 256, 257, 900, 17, 2000, 64), (5, 1000), (max_context,) * 4):
         step = Step((1,) * len(now), now, dim=64, heads=(14, 2), dtype=torch.bfloat16)
         assert len(step.k) <= len(k)
-        lens.zero_()
-        lens[: len(now)] = torch.tensor(now)
+        plan.lens.zero_()
+        plan.lens[: len(now)] = torch.tensor(now)
         tables[: len(now), : step.tables.shape[1]] = step.tables
         q[: len(now)] = step.q
         k[: len(step.k)], v[: len(step.v)] = step.k, step.v
         graph.replay()
-        assert torch.equal(out[: len(now)].cpu(), step.run(attention.SHORTEST_SPLIT))
+        assert torch.equal(out[: len(now)].cpu(), step.run(attention.SHORTEST_SPLIT, has_decodes=has_decodes))
         assert (out[len(now) :] == 0).all()
 
 

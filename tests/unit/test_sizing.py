@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen_ray.config import load_settings
-from qwen_ray.core.errors import SettingsError
+from qwen_ray.core.errors import PlanRefused, SettingsError
 from qwen_ray.core.hardware import Hardware
 from qwen_ray.core.packed_format import PackedFormat
 from qwen_ray.planner.candidate import PlanRequest
@@ -55,6 +55,17 @@ def test_quantization_reaches_the_ranks() -> None:
     assert (spec.quantization, spec.dtype) == ("int8", "float32")
     plain = plan(asked("Qwen/Qwen2.5-0.5B-Instruct", {"dtype": "float32"})).require()
     assert plain.replica_spec(name="m", path="/m").fingerprint != spec.fingerprint
+
+
+def test_deterministic_is_for_one_gpu_or_any_cpus() -> None:
+    for hardware, degrees in (("1xcpu-256G", {"tp": 2}), ("1xH100", {}), ("2xcpu-64G", {"pp": 2})):
+        request = asked("Qwen/Qwen2.5-7B-Instruct", {"deterministic": True, **degrees}, hardware=hardware)
+        assert plan(request).require().replica_spec(name="m", path="/m").deterministic
+    assert not plan(asked("demo", {})).require().replica_spec(name="m", path="/m").deterministic
+    for degrees in ({"tp": 2}, {"pp": 2}):
+        request = asked("Qwen/Qwen2.5-7B-Instruct", {"deterministic": True, **degrees}, hardware="2xH100")
+        with pytest.raises(PlanRefused, match="deterministic on GPUs is for one rank: 2 > 1"):
+            plan(request).require()
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

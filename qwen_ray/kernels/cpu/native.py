@@ -48,11 +48,12 @@ class AttentionPlan:
 class NativeKernels:
     """One library's functions as `Kernels` has them."""
 
-    def __init__(self, library: Library, dtype: torch.dtype) -> None:
-        """`dtype` is one of SUFFIXES."""
+    def __init__(self, library: Library, dtype: torch.dtype, *, with_amx: bool) -> None:
+        """`dtype` is one of SUFFIXES; `with_amx`: products of many rows of bfloat16 are torch's."""
         suffix = SUFFIXES[dtype]
         self._dtype = dtype
-        self._most_rows = AMX_ROWS if library.has_amx and dtype is torch.bfloat16 else None
+        self._most_rows = AMX_ROWS if with_amx and dtype is torch.bfloat16 else None
+        self.is_row_by_row = self._most_rows is None
         self._linear = library.function(f"linear_{suffix}", "pnppni")
         self._rms_norm = library.function(f"rms_norm_{suffix}", "pnpfpnnni", is_short=True)
         self._rotate = library.function(f"rotate_{suffix}", "pnpppnnni", is_short=True)

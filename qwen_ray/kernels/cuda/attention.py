@@ -52,19 +52,36 @@ class AttentionPlan:
     is_hopper: bool  # see the function
     split: int = SHORTEST_SPLIT  # tests have shorter ones
 
+    @property
+    def lens(self) -> torch.Tensor:
+        """Of a `decode_plan`."""
+        if self.decodes is not None:
+            return self.decodes.lens
+        assert self.prefills is not None, "either"
+        return self.prefills.numbers[3]
+
 
 def plan_attention(
-    block_tables: torch.Tensor, query_lens: tuple[int, ...], context_lens: tuple[int, ...], block_size: int
+    block_tables: torch.Tensor,
+    query_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    block_size: int,
+    *,
+    has_decodes: bool = True,
 ) -> AttentionPlan:
-    """As `reference.plan_attention`. One copy to the device, which the host does not wait for."""
+    """As `reference.plan_attention`. One copy to the device, which the host does not wait for.
+
+    Not `has_decodes`: one query goes the way of many, however long its context, so that its bits are those it has in a
+    prompt.
+    """
     assert block_tables.stride(1) == 1, "a sequence's blocks follow each other"
     decodes: list[tuple[int, int, int]] = []
     prefills: list[tuple[int, int, int, int]] = []
     row = 0
     for s, (count, length) in enumerate(zip(query_lens, context_lens, strict=True)):
-        if count == 1:
+        if count == 1 and has_decodes:
             decodes.append((row, s, length))
-        elif count > 1:
+        elif count:
             prefills.append((row, s, count, length))
         row += count
     prefills.sort(key=lambda prefill: -prefill[3])  # the long ones first, so that none is alone at the end
@@ -88,21 +105,25 @@ def plan_attention(
 
 
 def decode_plan(
-    block_tables: torch.Tensor, context_lens: torch.Tensor, max_context: int, block_size: int
+    block_tables: torch.Tensor, max_context: int, block_size: int, *, has_decodes: bool = True
 ) -> AttentionPlan:
     """One query for each of S sequences, which are read from the device at every run: for CUDA graphs.
 
-    block_tables [S, max blocks] and context_lens [S], both int32, may be overwritten between runs. No context is longer
-    than `max_context`; a place that nobody has is given the length 0, reads no cache and gets zeros.
+    block_tables [S, max blocks] int32 and the plan's `lens` [S], zeros at first, may be overwritten between runs. No
+    context is longer than `max_context`; a place that nobody has is given the length 0, reads no cache and gets zeros.
+    `has_decodes`: as in `plan_attention`.
     """
     assert block_tables.stride(1) == 1, "a sequence's blocks follow each other"
-    where = torch.arange(len(context_lens), dtype=torch.int32, device=context_lens.device).repeat(2, 1)
-    decodes = Decodes(where=where, lens=context_lens, max_context=max_context)
+    count = len(block_tables)
+    each = torch.arange(count, dtype=torch.int32, device=block_tables.device)
+    nothing = torch.zeros_like(each)
+    where = torch.stack((each, each))
+    numbers = torch.stack((each, each, nothing + 1, nothing, each))
     return AttentionPlan(
         block_tables=block_tables,
         block_size=block_size,
-        decodes=decodes,
-        prefills=None,
+        decodes=Decodes(where=where, lens=nothing, max_context=max_context) if has_decodes else None,
+        prefills=None if has_decodes else Prefills(numbers=numbers, num_queries=count),
         is_hopper=is_hopper(block_tables.device),
     )
 

@@ -9,6 +9,8 @@ thousand rows of the matrix at a time, and torch multiplies.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -31,10 +33,8 @@ def linear_packed(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
     how many others there are, nor on which; beyond, as far as torch's products do not.
     """
     if x.shape[0] > FEW_ROWS or x.dtype not in DTYPES:
-        return _multiply_wide(x, weight, bias)
-    if x.numel() == 0:
-        return x.new_zeros(x.shape[0], weight.out_size) + (0 if bias is None else bias)
-    return _multiply_few(x, weight, bias)
+        return multiply_wide(x, weight, bias, F.linear)
+    return multiply_few(x, weight, bias, ROWS[x.shape[0] > ROWS[0]])
 
 
 def widen(weight: PackedWeight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
@@ -61,11 +61,17 @@ def widen(weight: PackedWeight, rows: slice, dtype: torch.dtype) -> torch.Tensor
     return out
 
 
-def _multiply_wide(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply_wide(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+) -> torch.Tensor:
+    """With what `linear` makes of some widened rows of the matrix at a time."""
     out: torch.Tensor | None = None
     for start in range(0, weight.out_size, ROWS_AT_ONCE):
         own = slice(start, min(start + ROWS_AT_ONCE, weight.out_size))
-        part = F.linear(x, widen(weight, own, x.dtype), None if bias is None else bias[own])
+        part = linear(x, widen(weight, own, x.dtype), None if bias is None else bias[own])
         if own.stop - own.start == weight.out_size:
             return part
         out = x.new_empty(x.shape[0], weight.out_size) if out is None else out
@@ -80,10 +86,12 @@ def num_splits(num_words: int, out_size: int) -> int:
     return _ceil(num_steps, _ceil(num_steps, wanted))
 
 
-def _multiply_few(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply_few(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, block_rows: int) -> torch.Tensor:
+    """As the kernel multiplies them, `block_rows` of x in a program."""
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[0], weight.out_size) + (0 if bias is None else bias)
     x = x if x.stride(1) == 1 else x.contiguous()
     num_rows, num_words = x.shape[0], weight.values.shape[1]
-    block_rows = ROWS[num_rows > ROWS[0]]
     splits = num_splits(num_words, weight.out_size)
     out = x.new_empty(num_rows, weight.out_size)
     sums = out if splits == 1 else x.new_empty(splits, num_rows, weight.out_size, dtype=torch.float32)

@@ -53,11 +53,13 @@ def silu_and_mul_kernel(
     is_there = at < size
     gate = read(gate_up + row * stride, at, is_there)
     up = read(gate_up + row * stride + size, at, is_there)
-    opened = rounded(gate / (1.0 + tl.exp(-gate)), out)
+    small = tl.exp(-tl.abs(gate))  # of no number is it too large
+    opened = rounded(gate * tl.where(gate < 0, small, 1.0) / (1.0 + small), out)
     tl.store(out + row * size + at, (opened * up).to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit
+# A step's slots may lie anywhere: Triton would compile anew for places divisible by 16.
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def turn_and_store_kernel(
     qkv: tl.tensor,
     q: tl.tensor,

@@ -172,3 +172,7 @@ def test_what_torch_does_faster_is_left_to_it() -> None:
             assert kernels.takes(random(16, 8, dtype=torch.bfloat16))
             assert not kernels.takes(random(17, 8, dtype=torch.bfloat16))
             assert not kernels.takes(random(3, 8, dtype=torch.float32))
+            assert not Kernels.on_cpu(library, torch.bfloat16).is_row_by_row
+            each = Kernels.on_cpu(library, torch.bfloat16, deterministic=True)  # a row's bits are its own
+            assert each.is_row_by_row
+            assert layer_kernels(each).takes(random(17, 8, dtype=torch.bfloat16))

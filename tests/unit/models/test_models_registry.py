@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen_ray.core.errors import CheckpointError
+from qwen_ray.core.errors import CheckpointError, SettingsError
 from qwen_ray.core.model_config import ARCHITECTURES, ModelConfig, MoeConfig, RopeConfig
 from qwen_ray.core.plan import ParallelPlan, Shard, Span
+from qwen_ray.kernels.cpu import library
 from qwen_ray.models import registry
 from qwen_ray.models.stage import Stage
 from qwen_ray.parallel.groups import Groups
@@ -111,3 +112,14 @@ def test_attention_layers_tell_the_shape_of_their_cache() -> None:
     shard = ParallelPlan.of(CONFIG, tp=3).shard(CONFIG, 0)
     attentions = stage(CONFIG, shard).attentions
     assert [(a.num_heads, a.num_kv_heads, a.head_dim) for a in attentions] == [(1, 1, 4)] * 3
+
+
+def test_deterministic_wants_kernels_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = ParallelPlan.of(CONFIG).shard(CONFIG, 0)
+    model = registry.build(CONFIG, shard, Groups(shard, CPU), CPU, torch.bfloat16, max_len=8, deterministic=True)
+    assert model.num_weights > 0
+    monkeypatch.setattr(library, "load", lambda: None)
+    with pytest.raises(
+        SettingsError, match=r"engine\.deterministic: this machine has no kernels for torch\.bfloat16 on"
+    ):
+        registry.build(CONFIG, shard, Groups(shard, CPU), CPU, torch.bfloat16, max_len=8, deterministic=True)

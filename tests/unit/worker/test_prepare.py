@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwen_ray.core.request import SamplingParams
 from qwen_ray.core.step import Chunk, NewSequence, StepBatch
-from qwen_ray.worker.prepare import PreparedBatch, prepare
+from qwen_ray.worker.prepare import PreparedBatch, prepare, to_device
 from qwen_ray.worker.sequences import SequenceTable
 
 BLOCK_SIZE = 4
@@ -138,3 +138,23 @@ def test_slots_and_rows_against_token_by_token(plans: list[tuple[int, int]], ord
         assert last_rows[prepared.forward.logit_rows[row]] == token - 1
         assert prepared.forward.block_tables[row, : len(chunk.new_blocks)].tolist() == list(chunk.new_blocks)
     assert prepared.forward.num_tokens == token
+
+
+def test_what_goes_to_a_device_goes_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here but `meta`, which forgets the numbers: they are seen on their way."""
+    seen: list[torch.Tensor] = []
+    to = torch.Tensor.to
+
+    def watched(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(self)
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    numbers = [torch.arange(3), torch.arange(6).view(2, 3), torch.empty(0, dtype=torch.int64), torch.tensor([9])]
+    there = to_device(numbers, torch.device("meta"))
+    assert [(part.shape, part.dtype, part.device.type) for part in there] == [
+        (tensor.shape, torch.int64, "meta") for tensor in numbers
+    ]
+    assert [tensor.tolist() for tensor in seen] == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 9]]
+    starts = [part.storage_offset() for part in there]
+    assert starts == [0, 3, 9, 9]
