@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH := $(if $(filter 0,$(HAS_GPU)),torch==2.13.0,torch)
 TORCH_INDEX ?=
 # Comes with a torch for GPUs; without one, tests interpret and compile its kernels.
-TRITON := $(if $(filter 0,$(HAS_GPU)),triton==3.6.0)
+TRITON := $(if $(filter 0,$(HAS_GPU)),'triton==3.6.0; sys_platform == "linux"')
 
 MODEL ?= demo
 ARGS ?=

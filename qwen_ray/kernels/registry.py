@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.layer import AttentionWeights, LayerWeights, MlpWeights, MoeWeights, Places
@@ -96,12 +97,13 @@ class Kernels:
     @classmethod
     def on_cuda(cls, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
         """Those in Triton, which also run without a GPU where Triton interprets them."""
-        from qwen_ray.kernels.cuda import attention, layers, matmul, packed, packed_experts, pointwise
+        from qwen_ray.kernels.cuda import attention, experts, layers, matmul, packed, packed_experts, pointwise
 
+        has_grouped = hasattr(F, "grouped_mm") and dtype in experts.DTYPES
         products = layers.Products(
             linear=matmul.linear if deterministic else reference.linear,
             linear_packed=matmul.linear_packed if deterministic else packed.linear_packed,
-            run_experts=matmul.run_experts if deterministic else packed_experts.run_experts,
+            run_experts=packed_experts.run_experts if has_grouped and not deterministic else matmul.run_experts,
         )
         return replace(
             REFERENCE,

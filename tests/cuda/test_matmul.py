@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import interpreted
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +11,8 @@ from qwen_ray.kernels import quantized, reference
 from qwen_ray.kernels.quantized import PackedStack, PackedWeight
 
 pytest.importorskip("triton")
+import interpreted
+
 from qwen_ray.kernels.cuda import matmul
 
 interpreted.improve()
