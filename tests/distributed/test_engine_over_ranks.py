@@ -158,7 +158,7 @@ async def test_same_tokens_as_one_process_while_experts_move(
     many = spread(spec, tp=tp, pp=pp, ep=ep, dp_attention=dp_attention)
     tokens, stats = await generate_over(ranks, many, moves=True)
     assert tokens == alone
-    check_stats(many, stats)
+    check_stats(many, stats, tokens)
     # Two ranks have seven experts in two layers: of any shuffle, about half of them move.
     assert sum(rank.num_moved_experts for rank in stats) > 20
 
@@ -171,7 +171,7 @@ async def test_same_tokens_where_experts_stay(
     many = spread(spec, ep=ep, dp_attention=2)
     tokens, stats = await generate_over(ranks, many)
     assert tokens == alone
-    check_stats(many, stats)
+    check_stats(many, stats, tokens)
     assert [rank.num_moved_experts for rank in stats] == [0, 0]
 
 
@@ -179,7 +179,7 @@ async def test_copies_of_experts_change_nothing(ranks: Ranks, spec: ReplicaSpec,
     many = spread(spec, ep=2, dp_attention=2, copies=True)
     tokens, stats = await generate_over(ranks, many, moves=True, copies=True)
     assert tokens == alone
-    check_stats(many, stats)
+    check_stats(many, stats, tokens)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -195,8 +195,9 @@ async def test_all_sequences_on_one_dp_rank(
     assert sum(sum(map(sum, rank.expert_tokens)) for rank in stats if rank.dp_rank == 1) > 0
 
 
-def check_stats(spec: ReplicaSpec, stats: list[RankStats]) -> None:
-    """Ranks know their places, and every token was computed by TOP_K experts of every sparse layer, but the last."""
+def check_stats(spec: ReplicaSpec, stats: list[RankStats], tokens: dict[str, list[int]]) -> None:
+    """Ranks know their places, and TOP_K experts of every sparse layer computed every token: in the last layer, those
+    alone that another one was sampled behind."""
     for rank in stats:
         shard = spec.plan.shard(spec.config, rank.rank)
         assert (rank.stage, rank.dp_rank, rank.tp_rank) == (shard.stage, shard.dp_rank, shard.tp_rank)
@@ -209,6 +210,9 @@ def check_stats(spec: ReplicaSpec, stats: list[RankStats]) -> None:
             for rank in stats
             if layer in spec.plan.stages[rank.stage] and rank.expert_tp_rank == 0
         ]
-        expected = num_tokens * TOP_K if spec.config.is_sparse(layer) else 0
-        least = 0 if layer == spec.config.num_hidden_layers - 1 else expected
-        assert least <= sum(counts) <= expected
+        is_last = layer == spec.config.num_hidden_layers - 1
+        least = most = sum(map(len, tokens.values())) if is_last else num_tokens
+        if is_last and spec.plan.pp > 1:
+            most = num_tokens - 1  # a sequence may be preempted while a step of it is under way: that is in vain
+        top_k = TOP_K if spec.config.is_sparse(layer) else 0
+        assert least * top_k <= sum(counts) <= most * top_k
