@@ -232,8 +232,8 @@ class Moe {
 };
 
 // x [num_rows, hidden] becomes what it is behind the layers, in those rows that the last one, of which `last` is,
-// passes on. Beside it there are one more copy, which is what a part is given and then what it adds, and the room of the
-// larger part: what the planner counts.
+// passes on; where those are all, that is `step` itself. Beside it there are one more copy, which is what a part is
+// given and then what it adds, and the room of the larger part: what the planner counts.
 template <class T>
 void run_layers(const Layer* layers, int64_t num_layers, const Step& step, const Step& last, T* x, int64_t num_rows,
                 int64_t hidden, int num_threads) {
@@ -247,10 +247,13 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, const
         if (moe) sparse = moe;
     }
     Space<T> room(most), copy(num_rows * hidden);
-    Attends<T> attention(step, num_rows, room.get()), last_attention(last, num_rows, room.get());
+    bool is_apart = &last != &step;
+    std::optional<Attends<T>> attention, last_attention;
     std::optional<Moe<T>> moe, last_moe;
+    attention.emplace(step, num_rows, room.get());
+    if (is_apart) last_attention.emplace(last, num_rows, room.get());
     if (sparse) moe.emplace(*sparse, num_rows, room.get());
-    if (sparse) last_moe.emplace(*sparse, last.num_passed, room.get());
+    if (sparse && is_apart) last_moe.emplace(*sparse, last.num_passed, room.get());
     Team team;
 #pragma omp parallel num_threads(num_threads) if (num_bytes > WORTH_A_TEAM)
     {
@@ -267,16 +270,16 @@ void run_layers(const Layer* layers, int64_t num_layers, const Step& step, const
         go_on(false, layers->attention_norm, nullptr, num_rows);
         for (int64_t i = 0; i < num_layers; ++i) {
             const Layer& layer = layers[i];
-            bool is_last = i + 1 == num_layers;
-            const Step& own = is_last ? last : step;
-            int64_t count = is_last ? last.num_passed : num_rows;
-            (is_last ? last_attention : attention).run(team, copy.get(), hidden, layer.attention, copy.get());
+            bool is_other = is_apart && i + 1 == num_layers;
+            const Step& own = is_other ? last : step;
+            int64_t count = own.num_passed;
+            (is_other ? last_attention : attention)->run(team, copy.get(), hidden, layer.attention, copy.get());
             go_on(true, layer.mlp_norm, own.rows, count);
             if (layer.moe)
-                (is_last ? last_moe : moe)->run(team, copy.get(), hidden, *layer.moe, own.positions, copy.get());
+                (is_other ? last_moe : moe)->run(team, copy.get(), hidden, *layer.moe, own.positions, copy.get());
             else
                 Gates<T>(layer.mlp.down.size, count, room.get()).run(team, copy.get(), hidden, layer.mlp, copy.get());
-            go_on(true, is_last ? nullptr : layers[i + 1].attention_norm, own.rows, count);
+            go_on(true, i + 1 < num_layers ? layers[i + 1].attention_norm : nullptr, own.rows, count);
         }
     }
 }

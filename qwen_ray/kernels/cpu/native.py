@@ -127,8 +127,10 @@ class NativeKernels:
     def layers(self, x: torch.Tensor, prepared: Layers, places: Places, last: Places) -> torch.Tensor:
         """As `LayerKernels.layers`."""
         assert x.is_contiguous(), "changed in place"
-        steps = [Step.of(prepared.weights[0].attention, own) for own in (places, last)]
-        given = prepared.array, len(prepared.array), *map(byref, steps), x.data_ptr()
+        attention = prepared.weights[0].attention
+        step = Step.of(attention, places)
+        own = step if last is places else Step.of(attention, last)
+        given = prepared.array, len(prepared.array), byref(step), byref(own), x.data_ptr()
         self._run_layers(*given, *x.shape, torch.get_num_threads())
         return last.passed_on(x)
 

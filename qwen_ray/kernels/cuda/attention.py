@@ -2,7 +2,7 @@
 
 Sums run in an order that the length of a row's own context decides, and for many queries its position: neighbours, how
 many they are and how many programs share the work change no bits, nor does where a chunk begins. But a token that comes
-alone has other last bits than the same one in a chunk.
+alone has other last bits than the same one in a chunk, unless a plan sends it the way of many.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from qwen_ray.kernels.cuda import attention_kernels as kernels
 
@@ -155,7 +156,7 @@ def _run_decodes(
     out: torch.Tensor,
 ) -> None:
     (_, num_heads, dim), num_kv_heads, num_rows = q.shape, k_cache.shape[2], len(decodes.lens)
-    group, padded = num_heads // num_kv_heads, power_of_two(max(16, dim))
+    group, padded = num_heads // num_kv_heads, triton.next_power_of_2(max(16, dim))
     num_splits = max(1, min(MOST_SPLITS, -(-decodes.max_context // plan.split)))
     walkers = min(num_splits, max(FEWEST_WALKERS, PROGRAMS // (num_rows * num_kv_heads)))
     # Made anew by every call: layers follow each other, so the allocator gives one place to all, and to all graphs.
@@ -179,7 +180,7 @@ def _run_decodes(
         scale,
         IS_WHOLE=num_splits == 1,
         GROUP=group,
-        M=max(16, power_of_two(group)),
+        M=max(16, triton.next_power_of_2(group)),
         N=at_once,
         DIM=dim,
         PADDED=padded,
@@ -204,9 +205,9 @@ def _run_prefills(
     out: torch.Tensor,
 ) -> None:
     (_, num_heads, dim), num_kv_heads, num_prefills = q.shape, k_cache.shape[2], prefills.numbers.shape[1]
-    group, padded = num_heads // num_kv_heads, power_of_two(max(16, dim))
+    group, padded = num_heads // num_kv_heads, triton.next_power_of_2(max(16, dim))
     rows, at_once, warps, stages = prefill_tile(padded, q.dtype, plan.is_hopper)
-    rows = max(rows, power_of_two(group))
+    rows = max(rows, triton.next_power_of_2(group))
     queries = rows // group
     kernels.prefill[(num_kv_heads, prefills.num_queries // queries + num_prefills)](
         q,
@@ -252,11 +253,6 @@ def prefill_tile(padded: int, dtype: torch.dtype, is_hopper: bool) -> tuple[int,
     if is_hopper:
         return (128, 64, 8, 3) if padded <= 128 else (128, 32, 8, 2)
     return (64, 64, 8, 3) if padded <= 128 else (64, 32, 8, 2)
-
-
-def power_of_two(number: int) -> int:
-    """The first that is not smaller."""
-    return 1 << (number - 1).bit_length()
 
 
 def is_hopper(device: torch.device) -> bool:
